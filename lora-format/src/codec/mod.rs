@@ -1,0 +1,77 @@
+//! One codec per adapter format: bytes ⇄ [`Adapter`].
+//!
+//! The format is detected from content: a safetensors file that carries our configuration is
+//! ours; one whose tensors are named as PEFT names them is PEFT's.
+
+pub mod peft;
+
+use std::path::{Path, PathBuf};
+
+use crate::container::safetensors::SafetensorsFile;
+use crate::error::{DetectProblem, Error, Result};
+use crate::model::Adapter;
+use crate::native;
+
+/// What the user may say about an adapter that its files do not.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ReadOptions {
+    /// Alpha, for an adapter whose configuration was lost.
+    pub alpha: Option<f64>,
+    /// Configuration fields that may be ignored though they are unknown.
+    pub ignore_fields: Vec<String>,
+}
+
+/// Reads an adapter of any known format.
+///
+/// # Errors
+/// [`Error::Unrecognised`] if it is none, and what the format's codec finds wrong.
+pub fn read(path: &Path, options: &ReadOptions) -> Result<Adapter> {
+    let unrecognised = |problem| Error::Unrecognised {
+        path: path.to_owned(),
+        problem,
+    };
+    let Ok(metadata) = std::fs::metadata(path) else {
+        return Err(unrecognised(DetectProblem::NotFound));
+    };
+    if metadata.is_dir() {
+        return peft::read_directory(path, options);
+    }
+    let file = open_safetensors(path)?;
+    if native::is_native(file.header()) {
+        return native::read(&file);
+    }
+    if peft::is_peft(file.header()) {
+        let config = peft::config_beside(path);
+        return peft::read_file(&file, config.as_deref(), options);
+    }
+    let tensors = &file.header().tensors;
+    Err(unrecognised(DetectProblem::NotAnAdapter {
+        tensors: tensors.len(),
+        first: tensors.first().map(|tensor| tensor.name.clone()),
+    }))
+}
+
+/// Opens a safetensors file, and says of a file that is plainly something else what it is.
+pub(crate) fn open_safetensors(path: &Path) -> Result<SafetensorsFile> {
+    let suffix = path
+        .extension()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .to_ascii_lowercase();
+    if ["bin", "pt", "pth", "ckpt", "gguf", "npz"].contains(&suffix.as_str()) {
+        let problem = DetectProblem::OtherContainer {
+            suffix: format!(".{suffix}"),
+        };
+        return Err(Error::Unrecognised {
+            path: path.to_owned(),
+            problem,
+        });
+    }
+    SafetensorsFile::open(path)
+}
+
+/// The file called `name` in `directory`, if it is there.
+pub(crate) fn existing(directory: &Path, name: &str) -> Option<PathBuf> {
+    let path = directory.join(name);
+    path.exists().then_some(path)
+}

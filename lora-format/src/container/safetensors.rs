@@ -1,0 +1,493 @@
+//! The safetensors container: header reader, header writer, open files.
+//!
+//! ```text
+//! ┌─────────────┬──────────────────────────────────┬──────────────────────────┐
+//! │ N: u64 LE   │ header: N bytes of JSON          │ data: the tensors,       │
+//! │ (8 bytes)   │ {"__metadata__":{…},"name":{…}…} │ contiguous, in any order │
+//! └─────────────┴──────────────────────────────────┴──────────────────────────┘
+//! ```
+//!
+//! The reader is our own because the reference crate keeps the last of two equal keys and does
+//! not name the tensor that breaks a rule; the writer is our own because the crate's metadata
+//! order changes from run to run. Tests hold both against the crate.
+
+use std::fmt;
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use serde::de::{self, Deserialize, Deserializer, MapAccess, Visitor};
+
+use crate::dtype::Dtype;
+use crate::error::{Error, HeaderProblem, IoContext, Result, Shape};
+use crate::io::mmap::Mapping;
+use crate::limits;
+
+/// The key of the file's own string map.
+pub const METADATA: &str = "__metadata__";
+
+/// One tensor of a header.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TensorInfo {
+    /// Its name.
+    pub name: String,
+    /// Its element type.
+    pub dtype: Dtype,
+    /// Its shape, row-major; empty for a scalar.
+    pub shape: Vec<usize>,
+    /// Its first byte, counted from the start of the data.
+    pub start: u64,
+    /// One past its last byte, counted from the start of the data.
+    pub end: u64,
+}
+
+impl TensorInfo {
+    /// Its size in bytes.
+    pub fn bytes(&self) -> u64 {
+        self.end - self.start
+    }
+
+    /// Its number of elements.
+    pub fn elements(&self) -> u64 {
+        self.shape
+            .iter()
+            .map(|&dimension| dimension as u64)
+            .product()
+    }
+}
+
+/// A validated header: every byte of the data belongs to exactly one tensor.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Header {
+    /// `__metadata__`, in file order.
+    pub metadata: Vec<(String, String)>,
+    /// The tensors, in data order.
+    pub tensors: Vec<TensorInfo>,
+    /// Where the data starts in the file: 8 + N.
+    pub data_start: u64,
+    /// Indices into `tensors`, sorted by name.
+    by_name: Vec<u32>,
+}
+
+impl Header {
+    /// Reads the header of an open file of `file_bytes` bytes.
+    ///
+    /// # Errors
+    /// [`Error::Io`], or [`Error::Header`] with the rule that is broken.
+    pub fn read(path: &Path, file: &mut File, file_bytes: u64) -> Result<Header> {
+        let invalid = |problem| Error::Header {
+            path: path.to_owned(),
+            problem,
+        };
+        if file_bytes < 8 {
+            return Err(invalid(HeaderProblem::TooShort { file_bytes }));
+        }
+        let mut length = [0; 8];
+        file.read_exact(&mut length).at(path, "read")?;
+        let header_bytes = u64::from_le_bytes(length);
+        if header_bytes > limits::HEADER_BYTES {
+            let limit = limits::HEADER_BYTES;
+            return Err(invalid(HeaderProblem::HeaderTooLong {
+                header_bytes,
+                limit,
+            }));
+        }
+        if header_bytes > file_bytes - 8 {
+            return Err(invalid(HeaderProblem::HeaderBeyondFile {
+                header_bytes,
+                file_bytes,
+            }));
+        }
+        let mut text = vec![0; header_bytes as usize];
+        file.read_exact(&mut text).at(path, "read")?;
+        Header::parse(&text, file_bytes - 8 - header_bytes).map_err(invalid)
+    }
+
+    /// Parses the N header bytes of a file that has `data_bytes` bytes after them.
+    ///
+    /// # Errors
+    /// The first rule that is broken.
+    pub fn parse(text: &[u8], data_bytes: u64) -> Result<Header, HeaderProblem> {
+        if text.first() != Some(&b'{') {
+            return Err(HeaderProblem::NotAnObject);
+        }
+        let utf8 = std::str::from_utf8(text).map_err(|error| HeaderProblem::NotUtf8 {
+            at: error.valid_up_to(),
+        })?;
+        let raw: RawHeader = serde_json::from_str(utf8).map_err(|error| HeaderProblem::Json {
+            message: error.to_string(),
+        })?;
+        if raw.metadata_maps > 1 {
+            return Err(HeaderProblem::DuplicateMetadata);
+        }
+        let metadata = check_metadata(raw.metadata)?;
+        within("tensors", raw.tensors.len(), limits::TENSORS)?;
+        let mut tensors = Vec::with_capacity(raw.tensors.len());
+        for (name, tensor) in raw.tensors {
+            tensors.push(check_tensor(name, tensor, data_bytes)?);
+        }
+        tensors.sort_by(|a, b| (a.start, a.end, &a.name).cmp(&(b.start, b.end, &b.name)));
+        let by_name = index_by_name(&tensors)?;
+        check_contiguous(&tensors, data_bytes)?;
+        Ok(Header {
+            metadata,
+            tensors,
+            data_start: 8 + text.len() as u64,
+            by_name,
+        })
+    }
+
+    /// The position in [`Header::tensors`] of the tensor called `name`.
+    pub fn position(&self, name: &str) -> Option<usize> {
+        self.by_name
+            .binary_search_by(|&index| self.tensors[index as usize].name.as_str().cmp(name))
+            .ok()
+            .map(|found| self.by_name[found] as usize)
+    }
+
+    /// The tensor called `name`.
+    pub fn tensor(&self, name: &str) -> Option<&TensorInfo> {
+        self.position(name).map(|index| &self.tensors[index])
+    }
+
+    /// The metadata value under `key`.
+    pub fn metadata_value(&self, key: &str) -> Option<&str> {
+        self.metadata
+            .iter()
+            .find(|entry| entry.0 == key)
+            .map(|entry| entry.1.as_str())
+    }
+}
+
+fn within(what: &'static str, found: usize, limit: usize) -> Result<(), HeaderProblem> {
+    if found > limit {
+        return Err(HeaderProblem::OverLimit { what, found, limit });
+    }
+    Ok(())
+}
+
+fn check_metadata(metadata: Vec<(String, String)>) -> Result<Vec<(String, String)>, HeaderProblem> {
+    within("metadata entries", metadata.len(), limits::METADATA_ENTRIES)?;
+    let mut keys: Vec<&str> = metadata.iter().map(|entry| entry.0.as_str()).collect();
+    keys.sort_unstable();
+    if let Some(pair) = keys.windows(2).find(|pair| pair[0] == pair[1]) {
+        return Err(HeaderProblem::DuplicateMetadataKey {
+            key: pair[0].to_owned(),
+        });
+    }
+    Ok(metadata)
+}
+
+fn check_tensor(
+    name: String,
+    raw: RawTensor,
+    data_bytes: u64,
+) -> Result<TensorInfo, HeaderProblem> {
+    within("bytes in a tensor name", name.len(), limits::NAME_BYTES)?;
+    within(
+        "dimensions of a tensor",
+        raw.shape.len(),
+        limits::DIMENSIONS,
+    )?;
+    let (start, end) = raw.data_offsets;
+    let Ok(dtype) = raw.dtype.parse::<Dtype>() else {
+        return Err(HeaderProblem::UnknownDtype {
+            tensor: name,
+            dtype: raw.dtype,
+        });
+    };
+    let shape = Shape(raw.shape);
+    let Some(expected) = dtype.tensor_bytes(&shape.0) else {
+        return Err(HeaderProblem::ShapeOverflow {
+            tensor: name,
+            shape,
+        });
+    };
+    if start > end {
+        return Err(HeaderProblem::OffsetsReversed {
+            tensor: name,
+            start,
+            end,
+        });
+    }
+    if end > data_bytes {
+        return Err(HeaderProblem::OutOfRange {
+            tensor: name,
+            end,
+            data_bytes,
+        });
+    }
+    if end - start != expected {
+        let found = end - start;
+        return Err(HeaderProblem::SizeMismatch {
+            tensor: name,
+            dtype,
+            shape,
+            expected,
+            found,
+        });
+    }
+    Ok(TensorInfo {
+        name,
+        dtype,
+        shape: shape.0,
+        start,
+        end,
+    })
+}
+
+fn index_by_name(tensors: &[TensorInfo]) -> Result<Vec<u32>, HeaderProblem> {
+    let mut by_name: Vec<u32> = (0..tensors.len() as u32).collect();
+    by_name.sort_unstable_by(|&a, &b| tensors[a as usize].name.cmp(&tensors[b as usize].name));
+    for pair in by_name.windows(2) {
+        let (first, second) = (&tensors[pair[0] as usize], &tensors[pair[1] as usize]);
+        if first.name == second.name {
+            return Err(HeaderProblem::DuplicateTensor {
+                tensor: first.name.clone(),
+            });
+        }
+    }
+    Ok(by_name)
+}
+
+/// `tensors` is in data order: each must begin where the one before ended.
+fn check_contiguous(tensors: &[TensorInfo], data_bytes: u64) -> Result<(), HeaderProblem> {
+    let mut covered = 0;
+    for (index, tensor) in tensors.iter().enumerate() {
+        if tensor.start < covered {
+            let first = tensors[index - 1].name.clone();
+            return Err(HeaderProblem::Overlap {
+                first,
+                second: tensor.name.clone(),
+            });
+        }
+        if tensor.start > covered {
+            let bytes = tensor.start - covered;
+            return Err(HeaderProblem::Hole {
+                tensor: tensor.name.clone(),
+                bytes,
+            });
+        }
+        covered = tensor.end;
+    }
+    if covered < data_bytes {
+        return Err(HeaderProblem::TrailingBytes {
+            bytes: data_bytes - covered,
+        });
+    }
+    Ok(())
+}
+
+/// A header as JSON says it, before any rule is checked; equal keys are all kept.
+struct RawHeader {
+    metadata_maps: usize,
+    metadata: Vec<(String, String)>,
+    tensors: Vec<(String, RawTensor)>,
+}
+
+#[derive(serde::Deserialize)]
+struct RawTensor {
+    dtype: String,
+    shape: Vec<usize>,
+    data_offsets: (u64, u64),
+}
+
+impl<'de> Deserialize<'de> for RawHeader {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(RawHeaderVisitor)
+    }
+}
+
+struct RawHeaderVisitor;
+
+impl<'de> Visitor<'de> for RawHeaderVisitor {
+    type Value = RawHeader;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object of tensors")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut access: A) -> Result<RawHeader, A::Error> {
+        let mut header = RawHeader {
+            metadata_maps: 0,
+            metadata: Vec::new(),
+            tensors: Vec::new(),
+        };
+        while let Some(key) = access.next_key::<String>()? {
+            if key == METADATA {
+                header.metadata_maps += 1;
+                header
+                    .metadata
+                    .extend(access.next_value::<StringPairs>()?.0);
+            } else {
+                let tensor = access
+                    .next_value()
+                    .map_err(|error| de::Error::custom(format_args!("tensor `{key}`: {error}")))?;
+                header.tensors.push((key, tensor));
+            }
+        }
+        Ok(header)
+    }
+}
+
+/// An object of strings as a list, so that equal keys are seen.
+struct StringPairs(Vec<(String, String)>);
+
+impl<'de> Deserialize<'de> for StringPairs {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Pairs;
+        impl<'de> Visitor<'de> for Pairs {
+            type Value = StringPairs;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object that maps strings to strings")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut access: A) -> Result<StringPairs, A::Error> {
+                let mut pairs = Vec::new();
+                while let Some(pair) = access.next_entry()? {
+                    pairs.push(pair);
+                }
+                Ok(StringPairs(pairs))
+            }
+        }
+        deserializer.deserialize_map(Pairs)
+    }
+}
+
+/// A tensor to be written: name, dtype and shape. Its place follows from its turn.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Declared<'a> {
+    /// The name.
+    pub name: &'a str,
+    /// The element type.
+    pub dtype: Dtype,
+    /// The shape.
+    pub shape: &'a [usize],
+    /// The size in bytes, which dtype and shape determine.
+    pub bytes: u64,
+}
+
+/// The order in which a serialiser lays out tensors so that each is aligned to its dtype:
+/// descending by dtype, then by name (the reference implementation's order).
+pub fn storage_order(a: (Dtype, &str), b: (Dtype, &str)) -> std::cmp::Ordering {
+    b.0.cmp(&a.0).then_with(|| a.1.cmp(b.1))
+}
+
+/// The first bytes of a file, up to its data: length and header for tensors laid out in the
+/// order given. The same input gives the same bytes, always; the header is padded with spaces so
+/// that the data starts at a multiple of 8.
+pub fn encode_header<'a>(
+    metadata: &[(String, String)],
+    tensors: impl IntoIterator<Item = Declared<'a>>,
+) -> Vec<u8> {
+    let mut text = vec![0; 8];
+    text.push(b'{');
+    let mut separator: &[u8] = b"";
+    if !metadata.is_empty() {
+        push_json_string(&mut text, METADATA);
+        text.push(b':');
+        let mut inner: &[u8] = b"{";
+        for (key, value) in metadata {
+            text.extend_from_slice(inner);
+            push_json_string(&mut text, key);
+            text.push(b':');
+            push_json_string(&mut text, value);
+            inner = b",";
+        }
+        text.push(b'}');
+        separator = b",";
+    }
+    let mut offset = 0;
+    for tensor in tensors {
+        text.extend_from_slice(separator);
+        separator = b",";
+        push_json_string(&mut text, tensor.name);
+        text.extend_from_slice(b":{\"dtype\":\"");
+        text.extend_from_slice(tensor.dtype.name().as_bytes());
+        text.extend_from_slice(b"\",\"shape\":[");
+        for (index, dimension) in tensor.shape.iter().enumerate() {
+            if index > 0 {
+                text.push(b',');
+            }
+            text.extend_from_slice(dimension.to_string().as_bytes());
+        }
+        let end = offset + tensor.bytes;
+        text.extend_from_slice(format!("],\"data_offsets\":[{offset},{end}]}}").as_bytes());
+        offset = end;
+    }
+    text.push(b'}');
+    text.resize(text.len().next_multiple_of(8), b' ');
+    let header_bytes = (text.len() - 8) as u64;
+    text[..8].copy_from_slice(&header_bytes.to_le_bytes());
+    text
+}
+
+/// Appends `value` as a JSON string, escaped as serde_json escapes it.
+fn push_json_string(text: &mut Vec<u8>, value: &str) {
+    text.extend_from_slice(serde_json::Value::from(value).to_string().as_bytes());
+}
+
+/// An open safetensors file: its header read and validated, its data untouched.
+#[derive(Debug)]
+pub struct SafetensorsFile {
+    path: PathBuf,
+    file: File,
+    file_bytes: u64,
+    header: Header,
+}
+
+impl SafetensorsFile {
+    /// Opens a file and reads its header.
+    ///
+    /// # Errors
+    /// [`Error::Io`], or [`Error::Header`] with the rule that is broken.
+    pub fn open(path: &Path) -> Result<SafetensorsFile> {
+        let mut file = File::open(path).at(path, "open")?;
+        let metadata = file.metadata().at(path, "inspect")?;
+        if metadata.is_dir() {
+            let source = std::io::Error::from(std::io::ErrorKind::IsADirectory);
+            return Err(source).at(path, "open");
+        }
+        let header = Header::read(path, &mut file, metadata.len())?;
+        Ok(SafetensorsFile {
+            path: path.to_owned(),
+            file,
+            file_bytes: metadata.len(),
+            header,
+        })
+    }
+
+    /// Where the file is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The open file.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Its size when it was opened.
+    pub fn file_bytes(&self) -> u64 {
+        self.file_bytes
+    }
+
+    /// Its header.
+    pub fn header(&self) -> &Header {
+        &self.header
+    }
+
+    /// Maps the whole file.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn map(&self) -> Result<Mapping> {
+        let mapping = Mapping::new(&self.file).at(&self.path, "map")?;
+        if (mapping.len() as u64) < self.file_bytes {
+            let source = std::io::Error::other("the file became shorter while it was open");
+            return Err(source).at(&self.path, "map");
+        }
+        Ok(mapping)
+    }
+}

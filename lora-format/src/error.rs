@@ -1,0 +1,382 @@
+//! Errors that say where: file, tensor or field, what was expected, what was found.
+
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use crate::dtype::Dtype;
+
+/// The result of this crate's operations.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Anything that can be wrong with a file.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The operating system refused.
+    #[error("cannot {action} {}: {source}", path.display())]
+    Io {
+        /// The file or directory.
+        path: PathBuf,
+        /// What was tried, as a verb phrase that the path completes.
+        action: &'static str,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A file is larger than its kind can be.
+    #[error("{}: larger than the limit of {limit} bytes for a file of this kind", path.display())]
+    TooLarge {
+        /// The file.
+        path: PathBuf,
+        /// The bound, in bytes.
+        limit: u64,
+    },
+    /// Malformed JSON.
+    #[error("{}: not valid JSON: {source}", path.display())]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// Line, column and cause.
+        source: serde_json::Error,
+    },
+    /// A malformed safetensors header.
+    #[error("{}: not a valid safetensors file: {problem}", path.display())]
+    Header {
+        /// The file.
+        path: PathBuf,
+        /// Which rule is broken.
+        problem: HeaderProblem,
+    },
+    /// A malformed shard index.
+    #[error("{}: {problem}", path.display())]
+    Index {
+        /// The index file.
+        path: PathBuf,
+        /// Which rule is broken.
+        problem: IndexProblem,
+    },
+    /// A configuration field has the wrong type or value.
+    #[error("{}: `{field}` must be {expected}, found {found}", path.display())]
+    Config {
+        /// The configuration file.
+        path: PathBuf,
+        /// The field.
+        field: String,
+        /// What it must be.
+        expected: &'static str,
+        /// What it is.
+        found: String,
+    },
+    /// The file does not look like any format that is read here.
+    #[error("{}: {problem}", path.display())]
+    Unrecognised {
+        /// The file or directory.
+        path: PathBuf,
+        /// What was looked for and what is there.
+        problem: DetectProblem,
+    },
+    /// The adapter uses what this version does not implement; nothing was skipped.
+    #[error("{}: {}", path.display(), list_unsupported(features))]
+    Unsupported {
+        /// The adapter.
+        path: PathBuf,
+        /// Every such feature.
+        features: Vec<Unsupported>,
+    },
+    /// The adapter's tensors do not form components.
+    #[error("{}: {}", path.display(), list("the adapter is malformed", problems))]
+    Adapter {
+        /// The adapter.
+        path: PathBuf,
+        /// Every problem found.
+        problems: Vec<AdapterProblem>,
+    },
+    /// A pattern key cannot be evaluated safely.
+    #[error("{}: {field}: the pattern {key:?} cannot be used: {problem}", path.display())]
+    Pattern {
+        /// The configuration file.
+        path: PathBuf,
+        /// `rank_pattern` or `alpha_pattern`.
+        field: &'static str,
+        /// The pattern.
+        key: String,
+        /// Why.
+        problem: String,
+    },
+    /// An adapter without its configuration, and no alpha given instead.
+    #[error(
+        "{}: no adapter_config.json beside it and no alpha given: the scale alpha/rank is unknown",
+        path.display()
+    )]
+    AlphaUnknown {
+        /// The adapter's tensor file.
+        path: PathBuf,
+    },
+    /// The file needs a newer reader.
+    #[error("{}: format version {found}: this program reads versions 1.x", path.display())]
+    Version {
+        /// The file.
+        path: PathBuf,
+        /// Its version.
+        found: String,
+    },
+    /// The output exists and may not be replaced.
+    #[error("{}: already exists", path.display())]
+    OutputExists {
+        /// The destination.
+        path: PathBuf,
+    },
+    /// The target format has no way to say what the adapter holds.
+    #[error("{}: {format} cannot hold {what}", path.display())]
+    Inexpressible {
+        /// The adapter.
+        path: PathBuf,
+        /// The format that was asked for.
+        format: &'static str,
+        /// What would be lost.
+        what: String,
+    },
+}
+
+impl Error {
+    /// An [`Error::Config`].
+    pub fn config(path: &Path, field: &str, expected: &'static str, found: &Value) -> Error {
+        Error::Config {
+            path: path.to_owned(),
+            field: field.to_owned(),
+            expected,
+            found: crate::json::brief(found),
+        }
+    }
+}
+
+/// Attaches a path and an action to an `io::Error`.
+pub trait IoContext<T> {
+    /// `action` is a verb phrase that the path completes: "open", "create a file in".
+    fn at(self, path: &Path, action: &'static str) -> Result<T>;
+}
+
+impl<T> IoContext<T> for io::Result<T> {
+    fn at(self, path: &Path, action: &'static str) -> Result<T> {
+        self.map_err(|source| Error::Io {
+            path: path.to_owned(),
+            action,
+            source,
+        })
+    }
+}
+
+/// A shape as messages print it: `[out, in]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Shape(pub Vec<usize>);
+
+impl fmt::Display for Shape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}", self.0)
+    }
+}
+
+/// Which rule of the safetensors format a header breaks.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+#[allow(missing_docs, reason = "the messages are the documentation")]
+pub enum HeaderProblem {
+    #[error("the file has {file_bytes} bytes; the header length alone takes 8")]
+    TooShort { file_bytes: u64 },
+    #[error("the header length {header_bytes} is over the limit of {limit} bytes")]
+    HeaderTooLong { header_bytes: u64, limit: u64 },
+    #[error("the header says {header_bytes} bytes, the file has {file_bytes} in all (truncated?)")]
+    HeaderBeyondFile { header_bytes: u64, file_bytes: u64 },
+    #[error("the header does not begin with `{{`")]
+    NotAnObject,
+    #[error("the header is not UTF-8 (at byte {at})")]
+    NotUtf8 { at: usize },
+    #[error("the header is not the JSON it must be: {message}")]
+    Json { message: String },
+    #[error("the tensor `{tensor}` appears twice")]
+    DuplicateTensor { tensor: String },
+    #[error("`__metadata__` appears twice")]
+    DuplicateMetadata,
+    #[error("the metadata key `{key}` appears twice")]
+    DuplicateMetadataKey { key: String },
+    #[error("tensor `{tensor}`: unknown dtype `{dtype}`")]
+    UnknownDtype { tensor: String, dtype: String },
+    #[error("tensor `{tensor}`: shape {shape} is too large to count its bytes")]
+    ShapeOverflow { tensor: String, shape: Shape },
+    #[error("tensor `{tensor}`: offsets end before they begin ({start} > {end})")]
+    OffsetsReversed {
+        tensor: String,
+        start: u64,
+        end: u64,
+    },
+    #[error("tensor `{tensor}`: {dtype} {shape} takes {expected} bytes, its offsets span {found}")]
+    SizeMismatch {
+        tensor: String,
+        dtype: Dtype,
+        shape: Shape,
+        expected: u64,
+        found: u64,
+    },
+    #[error(
+        "tensor `{tensor}`: ends at byte {end} of the data, the file has {data_bytes} (truncated?)"
+    )]
+    OutOfRange {
+        tensor: String,
+        end: u64,
+        data_bytes: u64,
+    },
+    #[error("tensors `{first}` and `{second}` overlap")]
+    Overlap { first: String, second: String },
+    #[error("{bytes} bytes before tensor `{tensor}` belong to no tensor")]
+    Hole { tensor: String, bytes: u64 },
+    #[error("{bytes} bytes after the last tensor belong to no tensor")]
+    TrailingBytes { bytes: u64 },
+    #[error("{found} {what}, the limit is {limit}")]
+    OverLimit {
+        what: &'static str,
+        found: usize,
+        limit: usize,
+    },
+}
+
+/// Which rule a `model.safetensors.index.json` breaks.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+#[allow(missing_docs, reason = "the messages are the documentation")]
+pub enum IndexProblem {
+    #[error("the index names the shard `{shard}`, which is missing")]
+    MissingShard { shard: String },
+    #[error("the shard `{shard}` is not a plain file name inside the index's directory: refused")]
+    OutsideDirectory { shard: String },
+    #[error("the index places tensor `{tensor}` in `{shard}`, which does not hold it")]
+    MissingTensor { tensor: String, shard: String },
+    #[error("the index names no tensors")]
+    Empty,
+    #[error("the index names {found} shards, the limit is {limit}")]
+    TooManyShards { found: usize, limit: usize },
+}
+
+/// Why a path could not be opened as an adapter or a model.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+#[allow(missing_docs, reason = "the messages are the documentation")]
+pub enum DetectProblem {
+    #[error("no such file or directory")]
+    NotFound,
+    #[error(
+        "the directory holds no model: looked for model.safetensors, \
+         model.safetensors.index.json and a single *.safetensors file"
+    )]
+    NoModel,
+    #[error(
+        "the directory holds several safetensors files and no index: {}", files.join(", ")
+    )]
+    SeveralModels { files: Vec<String> },
+    #[error("the directory holds no adapter: looked for adapter_model.safetensors")]
+    NoAdapter,
+    #[error(
+        "the directory holds only {file}: pickled checkpoints are not read yet; \
+         save it as safetensors"
+    )]
+    PickleOnly { file: String },
+    #[error("a {suffix} file: only safetensors files are read yet")]
+    OtherContainer { suffix: String },
+    #[error(
+        "no adapter tensors in it: none of its {tensors} tensors is named \
+         `….lora_A.weight` or `….lora_B.weight`{}",
+        example(first)
+    )]
+    NotAnAdapter {
+        tensors: usize,
+        first: Option<String>,
+    },
+}
+
+fn example(first: &Option<String>) -> String {
+    first
+        .as_ref()
+        .map_or_else(String::new, |name| format!(" (the first is `{name}`)"))
+}
+
+/// A feature that is recognised but not implemented.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unsupported {
+    /// The configuration field with its value, or the tensor name.
+    pub feature: String,
+    /// What it is and why it cannot be skipped.
+    pub reason: String,
+}
+
+impl fmt::Display for Unsupported {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.feature, self.reason)
+    }
+}
+
+/// Why an adapter's tensors do not form a component.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+#[allow(missing_docs, reason = "the messages are the documentation")]
+pub enum AdapterProblem {
+    #[error("`{present}` has no partner `{missing}`")]
+    MissingFactor { present: String, missing: String },
+    #[error("`{tensor}`: dtype {dtype}; a factor must be F32, F16 or BF16")]
+    FactorDtype { tensor: String, dtype: Dtype },
+    #[error("`{tensor}`: shape {shape}; {expected}")]
+    FactorShape {
+        tensor: String,
+        shape: Shape,
+        expected: &'static str,
+    },
+    #[error("`{module}`: A {a} and B {b} do not agree on the rank")]
+    RankMismatch { module: String, a: Shape, b: Shape },
+    #[error("`{module}`: rank {rank} is not between 1 and {limit}")]
+    RankRange {
+        module: String,
+        rank: usize,
+        limit: usize,
+    },
+    #[error("`{module}`: the scale {scale} is not a finite number")]
+    Scale { module: String, scale: f64 },
+    #[error("`{module}`: the tensor `{tensor}` holds {stored}, the configuration gives {expected}")]
+    AlphaMismatch {
+        module: String,
+        tensor: String,
+        stored: f32,
+        expected: f32,
+    },
+    #[error("the configuration names the tensor `{tensor}`, which the file does not hold")]
+    MissingTensor { tensor: String },
+    #[error("the configuration names the module `{module}`, which has no tensors")]
+    MissingModule { module: String },
+    #[error("two tensors mean the same factor: `{first}` and `{second}`")]
+    DuplicateFactor { first: String, second: String },
+    #[error("`{tensor}` belongs to no component")]
+    UnusedTensor { tensor: String },
+}
+
+fn list_unsupported(features: &[Unsupported]) -> String {
+    list(
+        "the adapter uses what this version does not implement",
+        features,
+    )
+}
+
+/// One problem inline, several as a list; long lists end with their number.
+fn list<T: fmt::Display>(heading: &str, items: &[T]) -> String {
+    const SHOWN: usize = 20;
+    if let [only] = items {
+        return format!("{heading}: {only}");
+    }
+    let mut text = format!("{heading}, in {} places:", items.len());
+    for item in items.iter().take(SHOWN) {
+        text.push_str("\n  - ");
+        text.push_str(&item.to_string());
+    }
+    if items.len() > SHOWN {
+        text.push_str(&format!("\n  - and {} more", items.len() - SHOWN));
+    }
+    text
+}

@@ -1,0 +1,33 @@
+//! Every bound on untrusted input, in one place.
+//!
+//! Each limit is far above what real models need and far below what would exhaust a machine;
+//! exceeding one is an error that names it.
+
+/// Bytes of a safetensors header: the safetensors specification's own limit.
+pub const HEADER_BYTES: u64 = 100_000_000;
+/// Tensors in one safetensors file.
+pub const TENSORS: usize = 1_000_000;
+/// Bytes of a tensor name.
+pub const NAME_BYTES: usize = 16 * 1024;
+/// Dimensions of a tensor.
+pub const DIMENSIONS: usize = 16;
+/// Entries of `__metadata__`.
+pub const METADATA_ENTRIES: usize = 100_000;
+/// Bytes of an `adapter_config.json`, a `config.json` or the configuration of our own format.
+pub const CONFIG_BYTES: u64 = 32 * 1024 * 1024;
+/// Bytes of a `model.safetensors.index.json`.
+pub const INDEX_BYTES: u64 = HEADER_BYTES;
+/// Shards that one index may name.
+pub const SHARDS: usize = 10_000;
+/// Keys of a `rank_pattern` or `alpha_pattern`.
+pub const PATTERN_KEYS: usize = 100_000;
+/// Keys among those that are true regular expressions rather than names.
+pub const PATTERN_REGEXES: usize = 256;
+/// Bytes of one pattern key.
+pub const PATTERN_BYTES: usize = 4 * 1024;
+/// Steps that a backtracking pattern may take on one name before it is refused.
+pub const PATTERN_STEPS: usize = 100_000;
+/// Steps that all backtracking patterns of one adapter may take together, in matches tried.
+pub const PATTERN_MATCHES: u64 = 20_000_000;
+/// The largest rank of a component.
+pub const RANK: usize = 65_536;

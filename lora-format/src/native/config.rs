@@ -1,0 +1,90 @@
+//! The JSON document in the metadata, field by field as `docs/FORMAT.md` numbers them.
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+/// The whole document. Unknown members are kept out: a later minor version may add optional
+/// ones, which an old reader ignores and an old writer drops.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Config {
+    pub version: String,
+    pub requires: Vec<String>,
+    pub digest: String,
+    pub scaling: ScalingConfig,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub overrides: Vec<Override>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fan_in_fan_out: Option<bool>,
+    #[serde(default, skip_serializing_if = "BaseConfig::is_empty")]
+    pub base: BaseConfig,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<SourceField>,
+    #[serde(default, skip_serializing_if = "Map::is_empty")]
+    pub extensions: Map<String, Value>,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct ScalingConfig {
+    #[serde(serialize_with = "number")]
+    pub alpha: f64,
+    pub rule: String,
+}
+
+/// Modules whose scaling is not the file's default.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Override {
+    pub scaling: ScalingConfig,
+    pub modules: Vec<String>,
+}
+
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub(super) struct BaseConfig {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub revision: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fingerprint: Option<FingerprintConfig>,
+}
+
+impl BaseConfig {
+    fn is_empty(&self) -> bool {
+        self.name.is_none() && self.revision.is_none() && self.fingerprint.is_none()
+    }
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct FingerprintConfig {
+    pub algorithm: String,
+    #[serde(default)]
+    pub targets: Vec<TargetConfig>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct TargetConfig {
+    pub target: String,
+    pub dtype: String,
+    pub shape: Vec<usize>,
+    /// The values as little-endian f32, in base64.
+    pub values: String,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct SourceField {
+    pub format: String,
+    pub config: Map<String, Value>,
+}
+
+/// An integral number is written as one: `16`, not `16.0`.
+fn number<S: serde::Serializer>(value: &f64, serializer: S) -> Result<S::Ok, S::Error> {
+    /// Below this, every integral f64 is an integer that JSON readers hold exactly.
+    const EXACT: f64 = 9_007_199_254_740_992.0;
+    let negative_zero = *value == 0.0 && value.is_sign_negative();
+    if value.fract() == 0.0 && value.abs() < EXACT && !negative_zero {
+        serializer.serialize_i64(*value as i64)
+    } else {
+        serializer.serialize_f64(*value)
+    }
+}

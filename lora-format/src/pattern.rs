@@ -1,0 +1,315 @@
+//! PEFT's `rank_pattern` and `alpha_pattern`: ordered tables keyed by patterns on module names.
+//!
+//! PEFT takes the first key, in file order, for which `re.match(rf"(.*\.)?({key})$", module)`
+//! succeeds (`peft.utils.other.get_pattern_key`). So `q_proj` matches every module whose last
+//! dotted part is `q_proj`, `proj` matches none of them, and a `.` is any character.
+//!
+//! The keys come from an untrusted file. A key without metacharacters other than `.` (all that
+//! trainers write by themselves) is compared directly. Others must lie in the part of Python's
+//! syntax that means the same here, and run in an engine with linear time; look-around needs
+//! backtracking, which gets a bounded number of steps. What does not fit is refused by name.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use fancy_regex::{Regex, RegexBuilder};
+use serde_json::{Map, Value};
+
+use crate::error::{Error, Result};
+use crate::limits;
+
+/// One pattern table.
+#[derive(Debug)]
+pub struct PatternTable {
+    path: PathBuf,
+    field: &'static str,
+    entries: Vec<Entry>,
+    /// Indices of literal keys, by length in bytes.
+    literals: HashMap<usize, Vec<usize>>,
+    /// Indices of keys that are regular expressions.
+    regexes: Vec<(usize, Regex)>,
+    /// Regex matches still allowed.
+    budget: u64,
+}
+
+#[derive(Debug)]
+struct Entry {
+    key: String,
+    value: f64,
+    used: bool,
+}
+
+impl PatternTable {
+    /// Compiles the table `field` of the configuration at `path`; absent and null mean empty.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if it is not an object of numbers or has too many keys,
+    /// [`Error::Pattern`] for a key that cannot be evaluated safely.
+    pub fn compile(
+        path: &Path,
+        field: &'static str,
+        value: Option<&Value>,
+    ) -> Result<PatternTable> {
+        let mut table = PatternTable {
+            path: path.to_owned(),
+            field,
+            entries: Vec::new(),
+            literals: HashMap::new(),
+            regexes: Vec::new(),
+            budget: limits::PATTERN_MATCHES,
+        };
+        let empty = Map::new();
+        let map = match value {
+            None | Some(Value::Null) => &empty,
+            Some(Value::Object(map)) => map,
+            Some(other) => return Err(Error::config(path, field, "an object of numbers", other)),
+        };
+        if map.len() > limits::PATTERN_KEYS {
+            let found = Value::from(map.len());
+            return Err(Error::config(path, field, "at most 100,000 keys", &found));
+        }
+        for (key, value) in map {
+            let Some(number) = value.as_f64() else {
+                let name = format!("{field}.{key}");
+                return Err(Error::config(path, &name, "a number", value));
+            };
+            table.insert(key, number)?;
+        }
+        Ok(table)
+    }
+
+    fn insert(&mut self, key: &str, value: f64) -> Result<()> {
+        let index = self.entries.len();
+        self.entries.push(Entry {
+            key: key.to_owned(),
+            value,
+            used: false,
+        });
+        if key
+            .bytes()
+            .all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte))
+        {
+            self.literals.entry(key.len()).or_default().push(index);
+            return Ok(());
+        }
+        if key.len() > limits::PATTERN_BYTES {
+            return Err(self.refuse(index, "it is too long"));
+        }
+        if self.regexes.len() == limits::PATTERN_REGEXES {
+            return Err(self.refuse(index, "there are more than 256 regular expressions"));
+        }
+        if let Err(problem) = check_syntax(key) {
+            return Err(self.refuse(index, problem));
+        }
+        let compiled = RegexBuilder::new(&format!(r"^(?:.*\.)?(?:{key})$"))
+            .backtrack_limit(limits::PATTERN_STEPS)
+            .delegate_size_limit(1 << 20)
+            .delegate_dfa_size_limit(1 << 20)
+            .build();
+        match compiled {
+            Ok(regex) => self.regexes.push((index, regex)),
+            Err(error) => return Err(self.refuse(index, &error.to_string())),
+        }
+        Ok(())
+    }
+
+    fn refuse(&self, index: usize, problem: &str) -> Error {
+        Error::Pattern {
+            path: self.path.clone(),
+            field: self.field,
+            key: self.entries[index].key.clone(),
+            problem: problem.to_owned(),
+        }
+    }
+
+    /// The value of the first key that matches `module`.
+    ///
+    /// # Errors
+    /// [`Error::Pattern`] if a key needs more steps than it may take.
+    pub fn lookup(&mut self, module: &str) -> Result<Option<f64>> {
+        let mut first = self.first_literal(module);
+        for position in 0..self.regexes.len() {
+            let (index, regex) = &self.regexes[position];
+            if first.is_some_and(|literal| literal < *index) {
+                break;
+            }
+            let Some(left) = self.budget.checked_sub(1) else {
+                return Err(self.refuse(*index, "the patterns take too many steps"));
+            };
+            let matched = regex
+                .is_match(module)
+                .map_err(|_| self.refuse(*index, "it backtracks too far"))?;
+            self.budget = left;
+            if matched {
+                first = Some(*index);
+                break;
+            }
+        }
+        Ok(first.map(|index| {
+            self.entries[index].used = true;
+            self.entries[index].value
+        }))
+    }
+
+    /// The first literal key that equals `module` or a dotted suffix of it, `.` being a wildcard.
+    fn first_literal(&self, module: &str) -> Option<usize> {
+        let name = module.as_bytes();
+        let starts = (0..name.len()).filter(|&at| at == 0 || name[at - 1] == b'.');
+        starts
+            .filter_map(|at| {
+                let suffix = &name[at..];
+                let keys = self.literals.get(&suffix.len())?;
+                keys.iter().copied().find(|&index| {
+                    let key = self.entries[index].key.bytes();
+                    key.zip(suffix)
+                        .all(|(key, &byte)| key == b'.' || key == byte)
+                })
+            })
+            .min()
+    }
+
+    /// The keys that have matched nothing so far.
+    pub fn dead_keys(&self) -> impl Iterator<Item = &str> {
+        self.entries
+            .iter()
+            .filter(|entry| !entry.used)
+            .map(|entry| entry.key.as_str())
+    }
+}
+
+/// Accepts the part of Python's pattern syntax that means the same in the engine used here.
+fn check_syntax(key: &str) -> Result<(), &'static str> {
+    let mut rest = key;
+    let mut in_class = false;
+    while let Some(first) = rest.chars().next() {
+        let tail = &rest[first.len_utf8()..];
+        let next = tail.chars().next();
+        match first {
+            '\\' => {
+                let Some(escaped) = next else {
+                    return Err("it ends in a backslash");
+                };
+                let known = "dDwWsSbBAnrtfv".contains(escaped);
+                let literal = !escaped.is_alphanumeric() && !"<>".contains(escaped);
+                if !known && !literal {
+                    return Err("it uses an escape that is not supported (a back-reference?)");
+                }
+                rest = &tail[escaped.len_utf8()..];
+                continue;
+            }
+            '[' if in_class => return Err("it nests `[` in a character class"),
+            '[' => {
+                in_class = true;
+                let body = tail.strip_prefix('^').unwrap_or(tail);
+                if body.starts_with(']') {
+                    return Err("a character class begins with `]`");
+                }
+            }
+            ']' => in_class = false,
+            '&' | '-' | '~' | '|' if in_class && next == Some(first) => {
+                return Err("a character class holds a doubled operator character");
+            }
+            _ if in_class => {}
+            '(' if next == Some('?') => {
+                let supported = ["?:", "?=", "?!", "?<=", "?<!", "?P<"];
+                if !supported.iter().any(|form| tail.starts_with(form)) {
+                    return Err("it uses a group extension that is not supported");
+                }
+            }
+            '*' | '+' | '?' | '}' if next == Some('+') => {
+                return Err("it uses a possessive quantifier");
+            }
+            '{' => {
+                let Some((counts, _)) = tail.split_once('}') else {
+                    return Err("`{` is not a repetition count");
+                };
+                let (least, most) = counts.split_once(',').unwrap_or((counts, ""));
+                let number = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit());
+                if least.is_empty() || !number(least) || !number(most) {
+                    return Err("`{` is not a repetition count");
+                }
+            }
+            _ => {}
+        }
+        rest = tail;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn table(value: Value) -> Result<PatternTable> {
+        PatternTable::compile(
+            Path::new("adapter_config.json"),
+            "rank_pattern",
+            Some(&value),
+        )
+    }
+
+    const MODULE: &str = "model.layers.1.self_attn.q_proj";
+
+    #[test]
+    fn keys_match_as_in_peft() {
+        // Each verdict was read off `re.match(rf"(.*\.)?({key})$", module)`.
+        for (key, expected) in [
+            ("q_proj", true),
+            ("self_attn.q_proj", true),
+            ("self_attn_q_proj", false),
+            ("model.layers.1.self_attn.q_proj", true),
+            ("model.layers.1.self.attn.q.proj", true), // `.` is any character
+            ("^model.layers.1.self_attn.q_proj", true),
+            ("^q_proj", false),
+            ("proj", false),
+            (".*proj", true),
+            ("base_model.model.model.layers.1.self_attn.q_proj", false),
+            (r".*\.1\..*q_proj", true),
+            (r"layers\.[0-9]+\.self_attn\.(q|k)_proj", true),
+            ("q_proj|k_proj", true),
+            ("(?!k)._proj", true),
+            ("(?!q)._proj", false),
+            ("[qk]_proj", true),
+            ("q_pro.", true),
+            ("q_proj$", true),
+        ] {
+            let found = table(json!({ key: 4 })).unwrap().lookup(MODULE).unwrap();
+            assert_eq!(found.is_some(), expected, "{key}");
+        }
+    }
+
+    #[test]
+    fn the_first_key_wins_whatever_its_kind() {
+        let mut patterns = table(json!({".*q_proj": 1, "q_proj": 2})).unwrap();
+        assert_eq!(patterns.lookup(MODULE).unwrap(), Some(1.0));
+        let mut patterns = table(json!({"q_proj": 2, ".*q_proj": 1})).unwrap();
+        assert_eq!(patterns.lookup(MODULE).unwrap(), Some(2.0));
+        assert_eq!(patterns.dead_keys().collect::<Vec<_>>(), [".*q_proj"]);
+    }
+
+    #[test]
+    fn hostile_keys_end_quickly_or_are_refused() {
+        let long = format!("{}b", "a".repeat(5000));
+        let mut linear = table(json!({"(a+)+$": 1, "(a|a)*c": 2, "(.*)(.*)(.*)(.*)d": 3})).unwrap();
+        assert_eq!(linear.lookup(&long).unwrap(), None);
+
+        let mut backtracking = table(json!({"(?=b)(a+)+c|(?=a)(a+)+(a+)+(a+)+$": 1})).unwrap();
+        let error = backtracking.lookup(&long).unwrap_err();
+        assert!(matches!(error, Error::Pattern { .. }), "{error}");
+        assert!(table(json!({"(?:(?:a{1000}){1000}){1000}": 1})).is_err());
+    }
+
+    #[test]
+    fn what_means_something_else_here_is_refused_by_name() {
+        for key in [
+            r"(a)\1", r"\Z", r"\<q", "(?i)Q", "(?P=x)", "(?>a)", "[[a]", "[a&&b]", "a++", "a{,3}",
+            "x{y", "(", r"q\", "[a--b]",
+        ] {
+            let error = table(json!({ key: 4 })).unwrap_err();
+            assert!(error.to_string().contains("rank_pattern"), "{key}: {error}");
+        }
+        assert!(table(json!([1])).is_err());
+        assert!(table(json!({"q_proj": "4"})).is_err());
+    }
+}

@@ -1,0 +1,108 @@
+//! A tensor's bytes, wherever they are.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::container::safetensors::SafetensorsFile;
+use crate::dtype::Dtype;
+use crate::error::Result;
+use crate::io::mmap::Mapping;
+
+/// A named tensor. Cloning shares the bytes.
+#[derive(Clone, Debug)]
+pub struct Tensor {
+    /// The name in the file it came from, or is to be written under.
+    pub name: String,
+    /// The element type.
+    pub dtype: Dtype,
+    /// The shape, row-major.
+    pub shape: Vec<usize>,
+    data: Data,
+}
+
+#[derive(Clone, Debug)]
+enum Data {
+    Mapped {
+        mapping: Arc<Mapping>,
+        range: Range<usize>,
+    },
+    Owned(Arc<[u8]>),
+}
+
+impl Tensor {
+    /// A tensor that owns its little-endian bytes, or `None` if their number does not fit.
+    pub fn new(name: String, dtype: Dtype, shape: Vec<usize>, bytes: Vec<u8>) -> Option<Tensor> {
+        (dtype.tensor_bytes(&shape) == Some(bytes.len() as u64)).then(|| Tensor {
+            name,
+            dtype,
+            shape,
+            data: Data::Owned(bytes.into()),
+        })
+    }
+
+    /// Its little-endian bytes, row-major. No alignment is promised.
+    pub fn bytes(&self) -> &[u8] {
+        match &self.data {
+            // In range: the header was validated against the file's length, and the mapping
+            // was checked to be no shorter.
+            Data::Mapped { mapping, range } => &mapping[range.clone()],
+            Data::Owned(bytes) => bytes,
+        }
+    }
+
+    /// The number of elements.
+    pub fn elements(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// The elements as `f32`, exactly; `None` unless stored as F32, F16 or BF16.
+    pub fn to_f32(&self) -> Option<Vec<f32>> {
+        let bytes = self.bytes();
+        let pairs = bytes
+            .chunks_exact(2)
+            .map(|pair| u16::from_le_bytes([pair[0], pair[1]]));
+        Some(match self.dtype {
+            Dtype::F32 => bytes
+                .chunks_exact(4)
+                .map(|word| f32::from_le_bytes([word[0], word[1], word[2], word[3]]))
+                .collect(),
+            Dtype::F16 => pairs
+                .map(|bits| half::f16::from_bits(bits).to_f32())
+                .collect(),
+            Dtype::Bf16 => pairs
+                .map(|bits| half::bf16::from_bits(bits).to_f32())
+                .collect(),
+            _ => return None,
+        })
+    }
+
+    /// Drops a mapped tensor's pages from this process's resident set.
+    pub fn release(&self) {
+        if let Data::Mapped { mapping, range } = &self.data {
+            mapping.release(range.clone());
+        }
+    }
+}
+
+/// Every tensor of a file, in data order, sharing one mapping.
+///
+/// # Errors
+/// [`crate::Error::Io`] if the file cannot be mapped.
+pub(crate) fn map_all(file: &SafetensorsFile) -> Result<Vec<Tensor>> {
+    let mapping = Arc::new(file.map()?);
+    let header = file.header();
+    let at = |offset: u64| (header.data_start + offset) as usize;
+    Ok(header
+        .tensors
+        .iter()
+        .map(|info| Tensor {
+            name: info.name.clone(),
+            dtype: info.dtype,
+            shape: info.shape.clone(),
+            data: Data::Mapped {
+                mapping: Arc::clone(&mapping),
+                range: at(info.start)..at(info.end),
+            },
+        })
+        .collect())
+}

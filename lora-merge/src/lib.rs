@@ -1,0 +1,3 @@
+//! The arithmetic of low-rank adapters.
+
+pub mod kernels;
