@@ -291,6 +291,28 @@ impl Checkpoint {
         })
     }
 
+    /// The tensors whose names begin with `prefix`, sorted by name.
+    pub fn tensors_under<'a>(
+        &'a self,
+        prefix: &'a str,
+    ) -> impl Iterator<Item = (Location, &'a TensorInfo)> {
+        let first = self.by_name.partition_point(|&(shard, tensor)| {
+            let location = Location {
+                shard: shard as usize,
+                tensor: tensor as usize,
+            };
+            self.info(location).name.as_str() < prefix
+        });
+        let rest = self.by_name[first..].iter().map(|&(shard, tensor)| {
+            let location = Location {
+                shard: shard as usize,
+                tensor: tensor as usize,
+            };
+            (location, self.info(location))
+        });
+        rest.take_while(move |(_, info)| info.name.starts_with(prefix))
+    }
+
     /// Where the tensor called `name` is.
     pub fn find(&self, name: &str) -> Option<Location> {
         let at = |&(shard, tensor): &(u32, u32)| Location {

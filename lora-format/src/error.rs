@@ -353,6 +353,12 @@ pub enum AdapterProblem {
     MissingModule { module: String },
     #[error("two tensors mean the same factor: `{first}` and `{second}`")]
     DuplicateFactor { first: String, second: String },
+    #[error(
+        "`{module}`: several alpha_pattern keys match with different values, and its rank shows \
+         that the keys were reordered after training (PEFT sorts them when it saves): which alpha \
+         was trained with cannot be known"
+    )]
+    PatternOrder { module: String },
     #[error("`{tensor}` belongs to no component")]
     UnusedTensor { tensor: String },
 }

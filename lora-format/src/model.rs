@@ -214,8 +214,10 @@ pub enum Note {
     DeadPattern { field: &'static str, key: String },
     /// A configuration field was ignored on the user's word.
     IgnoredField { field: String },
-    /// The configuration was missing; the user's alpha was used.
-    ConfigMissing { alpha: String },
+    /// Several alpha keys match a module, with different values; the first was used.
+    ContestedAlpha { module: String, alpha: String },
+    /// The configuration gives no alpha; the user's was used.
+    AlphaGiven { alpha: String },
     /// A file of the adapter's directory is not part of the adapter.
     NotCarried { file: String },
     /// A tensor is in a shard but not in the index.

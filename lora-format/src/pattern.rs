@@ -32,6 +32,15 @@ pub struct PatternTable {
     budget: u64,
 }
 
+/// What a table says of a module.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct PatternMatch {
+    /// The value of the first key that matches.
+    pub value: f64,
+    /// Whether another matching key has another value.
+    pub contested: bool,
+}
+
 #[derive(Debug)]
 struct Entry {
     key: String,
@@ -122,37 +131,41 @@ impl PatternTable {
         }
     }
 
-    /// The value of the first key that matches `module`.
+    /// The value of the first key that matches `module`, as PEFT takes it, and whether a later
+    /// key that matches has another value. PEFT sorts the keys when it saves an adapter, so of
+    /// several that match, the first in the file need not be the first in training.
     ///
     /// # Errors
     /// [`Error::Pattern`] if a key needs more steps than it may take.
-    pub fn lookup(&mut self, module: &str) -> Result<Option<f64>> {
-        let mut first = self.first_literal(module);
-        for position in 0..self.regexes.len() {
-            let (index, regex) = &self.regexes[position];
-            if first.is_some_and(|literal| literal < *index) {
-                break;
-            }
+    pub fn lookup(&mut self, module: &str) -> Result<Option<PatternMatch>> {
+        let mut matching = self.matching_literals(module);
+        for (index, regex) in &self.regexes {
             let Some(left) = self.budget.checked_sub(1) else {
                 return Err(self.refuse(*index, "the patterns take too many steps"));
             };
-            let matched = regex
-                .is_match(module)
-                .map_err(|_| self.refuse(*index, "it backtracks too far"))?;
             self.budget = left;
-            if matched {
-                first = Some(*index);
-                break;
+            if regex
+                .is_match(module)
+                .map_err(|_| self.refuse(*index, "it backtracks too far"))?
+            {
+                matching.push(*index);
             }
         }
-        Ok(first.map(|index| {
+        let Some(&first) = matching.iter().min() else {
+            return Ok(None);
+        };
+        let value = self.entries[first].value;
+        let contested = matching
+            .iter()
+            .any(|&index| self.entries[index].value != value);
+        for index in matching {
             self.entries[index].used = true;
-            self.entries[index].value
-        }))
+        }
+        Ok(Some(PatternMatch { value, contested }))
     }
 
-    /// The first literal key that equals `module` or a dotted suffix of it, `.` being a wildcard.
-    fn first_literal(&self, module: &str) -> Option<usize> {
+    /// The literal keys that equal `module` or a dotted suffix of it, `.` being a wildcard.
+    fn matching_literals(&self, module: &str) -> Vec<usize> {
         let name = module.as_bytes();
         let starts = (0..name.len()).filter(|&at| at == 0 || name[at - 1] == b'.');
         starts
@@ -281,11 +294,19 @@ mod tests {
 
     #[test]
     fn the_first_key_wins_whatever_its_kind() {
-        let mut patterns = table(json!({".*q_proj": 1, "q_proj": 2})).unwrap();
-        assert_eq!(patterns.lookup(MODULE).unwrap(), Some(1.0));
+        let contested = |value| {
+            Some(PatternMatch {
+                value,
+                contested: true,
+            })
+        };
+        let mut patterns = table(json!({".*q_proj": 1, "q_proj": 2, "k_proj": 3})).unwrap();
+        assert_eq!(patterns.lookup(MODULE).unwrap(), contested(1.0));
+        assert_eq!(patterns.dead_keys().collect::<Vec<_>>(), ["k_proj"]);
         let mut patterns = table(json!({"q_proj": 2, ".*q_proj": 1})).unwrap();
-        assert_eq!(patterns.lookup(MODULE).unwrap(), Some(2.0));
-        assert_eq!(patterns.dead_keys().collect::<Vec<_>>(), [".*q_proj"]);
+        assert_eq!(patterns.lookup(MODULE).unwrap(), contested(2.0));
+        let mut patterns = table(json!({"q_proj": 2, ".*q_proj": 2})).unwrap();
+        assert!(!patterns.lookup(MODULE).unwrap().unwrap().contested);
     }
 
     #[test]

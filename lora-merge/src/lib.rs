@@ -1,3 +1,28 @@
-//! The arithmetic of low-rank adapters.
+//! The arithmetic of low-rank adapters: merging `W' = W0 + s·B·A` into a base model of any size in
+//! constant memory.
+//!
+//! ```text
+//!  Checkpoint ─┐                                                   ┌─▶ output files
+//!              ├─▶ MergePlan ─▶ OutputLayout ─▶ engine: tiles ─▶ kernels
+//!  Adapter ────┘   (resolve,     (files, offsets)                  └─▶ MergeReport
+//!                   orientation)
+//! ```
+//!
+//! Everything that can be wrong is found while planning, before a byte is written: every tensor of
+//! the adapter has its parameter in the base, shapes fit, the base is the right one. The numerics
+//! contract is stated in [`kernels`].
 
+pub mod assets;
+pub mod engine;
+mod error;
+pub mod identity;
 pub mod kernels;
+pub mod layout;
+pub mod orientation;
+pub mod output;
+pub mod plan;
+pub mod report;
+pub mod resolve;
+
+pub use error::{Bytes, Error, PlanProblem, Result, ShapeCause};
+pub use plan::{MergeOptions, MergePlan, PlannedTarget};

@@ -83,23 +83,36 @@ pub(super) fn read_file(
 ) -> Result<Adapter> {
     let path = file.path();
     let mut notes = Vec::new();
-    let fields = match (config, options.alpha) {
-        (Some(config), None) => json::read_object(config, limits::CONFIG_BYTES)?,
-        (_, Some(alpha)) => {
-            notes.push(Note::ConfigMissing {
-                alpha: alpha.to_string(),
-            });
-            let mut fields = Map::new();
-            fields.insert("peft_type".to_owned(), json!("LORA"));
-            fields.insert("lora_alpha".to_owned(), json!(alpha));
-            fields
-        }
-        (None, None) => {
-            return Err(Error::AlphaUnknown {
-                path: path.to_owned(),
-            });
-        }
+    let mut fields = match config {
+        Some(config) => json::read_object(config, limits::CONFIG_BYTES)?,
+        None => Map::new(),
     };
+    let source = config.map(|_| SourceConfig {
+        format: AdapterFormat::Peft,
+        config: fields.clone(),
+    });
+    if let Some(alpha) = options.alpha {
+        if let Some(recorded) = fields.get("lora_alpha") {
+            let expected = "absent when an alpha is given by hand";
+            return Err(Error::config(
+                config.unwrap_or(path),
+                "lora_alpha",
+                expected,
+                recorded,
+            ));
+        }
+        notes.push(Note::AlphaGiven {
+            alpha: alpha.to_string(),
+        });
+        fields.insert("lora_alpha".to_owned(), json!(alpha));
+    } else if config.is_none() {
+        return Err(Error::AlphaUnknown {
+            path: path.to_owned(),
+        });
+    }
+    if config.is_none() {
+        fields.insert("peft_type".to_owned(), json!("LORA"));
+    }
     let config_path = config.unwrap_or(path);
     check_fields(config_path, &fields, options, &mut notes)?;
     let components = read_components(file, config_path, &fields, &mut notes)?;
@@ -230,6 +243,14 @@ struct ScalingTable {
     rule: ScalingRule,
     ranks: PatternTable,
     alphas: PatternTable,
+}
+
+/// What the configuration says of one module.
+struct Configured {
+    rank: Option<usize>,
+    scaling: Scaling,
+    /// Several alpha keys match, with different values.
+    alpha_contested: bool,
 }
 
 impl ScalingTable {

@@ -434,6 +434,7 @@ pub struct SafetensorsFile {
     path: PathBuf,
     file: File,
     file_bytes: u64,
+    modified: Option<std::time::SystemTime>,
     header: Header,
 }
 
@@ -454,6 +455,7 @@ impl SafetensorsFile {
             path: path.to_owned(),
             file,
             file_bytes: metadata.len(),
+            modified: metadata.modified().ok(),
             header,
         })
     }
@@ -476,6 +478,19 @@ impl SafetensorsFile {
     /// Its header.
     pub fn header(&self) -> &Header {
         &self.header
+    }
+
+    /// Refuses a file that was written to since it was opened.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn ensure_unchanged(&self) -> Result<()> {
+        let metadata = self.file.metadata().at(&self.path, "inspect")?;
+        if metadata.len() != self.file_bytes || metadata.modified().ok() != self.modified {
+            let source = std::io::Error::other("the file was changed while it was being read");
+            return Err(source).at(&self.path, "use");
+        }
+        Ok(())
     }
 
     /// Maps the whole file.

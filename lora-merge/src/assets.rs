@@ -1,0 +1,299 @@
+//! The small files of a model directory: which go into the output, from where, and what changes in
+//! `config.json`.
+//!
+//! Files are taken from an allow-list, so that a merge never drags along optimizer states, other
+//! weights or caches; what is left behind is listed. Where the adapter brings a tokenizer or a chat
+//! template, it is what the adapter was trained with, and wins.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+
+use lora_format::checkpoint::{Checkpoint, Layout};
+use lora_format::io::atomic::parent_of;
+use lora_format::model::{Adapter, AdapterFormat};
+use lora_format::{Dtype, IoContext};
+use serde_json::{Map, Value, json};
+
+use crate::error::Result;
+use crate::layout::OutputLayout;
+
+/// Whose tokenizer and chat template the output gets.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum TokenizerSource {
+    /// The adapter's where it brings one, else the base's.
+    #[default]
+    Auto,
+    /// The base's.
+    Base,
+    /// The adapter's.
+    Adapter,
+}
+
+/// The small files of an output directory.
+#[derive(Clone, Debug, Default)]
+pub struct Assets {
+    /// Output name → file to copy.
+    pub files: BTreeMap<String, PathBuf>,
+    /// The new `config.json`, if the base has one and it must change.
+    pub config: Option<Map<String, Value>>,
+    /// What changes in `config.json`.
+    pub config_changes: Vec<String>,
+    /// Files that come from the adapter.
+    pub from_adapter: Vec<String>,
+    /// Files of the base that are not copied.
+    pub left_behind: Vec<String>,
+}
+
+const CONFIG: &str = "config.json";
+const JINJA: &str = "chat_template.jinja";
+
+const TOKENIZER: [&str; 14] = [
+    "added_tokens.json",
+    "bpe.codes",
+    "chat_template.json",
+    JINJA,
+    "merges.txt",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "tekken.json",
+];
+
+const OTHERS: [&str; 9] = [
+    "config_sentence_transformers.json",
+    "feature_extractor_config.json",
+    "generation_config.json",
+    "modules.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "sentence_bert_config.json",
+    "video_preprocessor_config.json",
+    CONFIG,
+];
+
+fn is_tokenizer_file(name: &str) -> bool {
+    TOKENIZER.contains(&name) || name.ends_with(".tiktoken") || name.starts_with("tokenizer.model.")
+}
+
+fn is_other_asset(name: &str) -> bool {
+    let legal = ["LICENSE", "LICENCE", "NOTICE", "USE_POLICY"];
+    // Models with code of their own load only with it beside them.
+    OTHERS.contains(&name)
+        || name.ends_with(".py")
+        || legal
+            .iter()
+            .any(|prefix| name.to_ascii_uppercase().starts_with(prefix))
+}
+
+/// A module directory of sentence-transformers, such as `1_Pooling`.
+fn is_module_directory(name: &str) -> bool {
+    let digits = name.bytes().take_while(u8::is_ascii_digit).count();
+    digits > 0 && name[digits..].starts_with('_')
+}
+
+impl Assets {
+    /// The files that go with an output; none for a single-file output.
+    ///
+    /// # Errors
+    /// [`crate::Error::Format`] if a directory cannot be listed.
+    pub fn plan(
+        base: &Checkpoint,
+        adapter: &Adapter,
+        layout: &OutputLayout,
+        tokenizer: TokenizerSource,
+    ) -> Result<Assets> {
+        let mut assets = Assets::default();
+        if base.layout() == Layout::File {
+            return Ok(assets);
+        }
+        assets.take_base(base)?;
+        if tokenizer != TokenizerSource::Base
+            && let Some(directory) = adapter_directory(adapter)
+        {
+            assets.take_tokenizer(directory)?;
+        }
+        if let Some(config) = base.config() {
+            assets.edit_config(base, config, layout);
+        }
+        Ok(assets)
+    }
+
+    fn take_base(&mut self, base: &Checkpoint) -> Result<()> {
+        let weights: BTreeSet<&str> = base
+            .shards()
+            .iter()
+            .map(|shard| shard.name.as_str())
+            .collect();
+        for (name, path, directory) in list(base.path())? {
+            if directory && is_module_directory(&name) {
+                for (inner, path, directory) in list(&path)? {
+                    let name = format!("{name}/{inner}");
+                    let small = inner.ends_with(".json") || inner.ends_with(".safetensors");
+                    if small && !directory {
+                        self.files.insert(name, path);
+                    } else {
+                        self.left_behind.push(name);
+                    }
+                }
+            } else if !directory && (is_tokenizer_file(&name) || is_other_asset(&name)) {
+                self.files.insert(name, path);
+            } else if directory && name == "additional_chat_templates" {
+                for (inner, path, _) in list(&path)? {
+                    self.files.insert(format!("{name}/{inner}"), path);
+                }
+            } else if !weights.contains(name.as_str())
+                && name != lora_format::checkpoint::INDEX_FILE
+                && !name.starts_with('.')
+            {
+                self.left_behind
+                    .push(if directory { format!("{name}/") } else { name });
+            }
+        }
+        Ok(())
+    }
+
+    fn take_tokenizer(&mut self, directory: &Path) -> Result<()> {
+        for (name, path, is_directory) in list(directory)? {
+            if !is_directory && is_tokenizer_file(&name) {
+                self.files.insert(name.clone(), path);
+                self.from_adapter.push(name);
+            }
+        }
+        // transformers prefers a template file to one inside tokenizer_config.json: the base's
+        // file would shadow the template that the adapter brings inside its configuration.
+        let has = |name: &str| self.from_adapter.iter().any(|file| file == name);
+        if has("tokenizer_config.json") && !has(JINJA) {
+            let path = directory.join("tokenizer_config.json");
+            let config = lora_format::json::read_object(&path, lora_format::limits::CONFIG_BYTES)?;
+            if config.contains_key("chat_template") && self.files.remove(JINJA).is_some() {
+                self.left_behind.push(JINJA.to_owned());
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes `dtype`/`torch_dtype` true and removes a `quantization_config` that no longer holds.
+    fn edit_config(
+        &mut self,
+        base: &Checkpoint,
+        config: &Map<String, Value>,
+        layout: &OutputLayout,
+    ) {
+        let mut edited = config.clone();
+        if let Some(dtype) = main_dtype(layout) {
+            let name = match dtype {
+                Dtype::F32 => "float32",
+                Dtype::F16 => "float16",
+                _ => "bfloat16",
+            };
+            set_dtype(&mut edited, name, "", &mut self.config_changes);
+            if !edited.contains_key("dtype") && !edited.contains_key("torch_dtype") {
+                edited.insert("torch_dtype".to_owned(), json!(name));
+                self.config_changes
+                    .push(format!("torch_dtype added: {name}"));
+            }
+        }
+        if edited.contains_key("quantization_config") && !is_quantised(base) {
+            edited.remove("quantization_config");
+            let change = "quantization_config removed: no tensor is quantised";
+            self.config_changes.push(change.to_owned());
+        }
+        if !self.config_changes.is_empty() {
+            self.config = Some(edited);
+        }
+    }
+}
+
+/// Sets every dtype entry, in nested model configurations too.
+fn set_dtype(config: &mut Map<String, Value>, dtype: &str, at: &str, changes: &mut Vec<String>) {
+    for key in ["dtype", "torch_dtype"] {
+        if let Some(value) = config.get_mut(key)
+            && value
+                .as_str()
+                .is_some_and(|old| old != dtype && old != "auto")
+        {
+            changes.push(format!(
+                "{at}{key}: {} → {dtype}",
+                value.as_str().unwrap_or_default()
+            ));
+            *value = json!(dtype);
+        }
+    }
+    for (key, value) in config.iter_mut() {
+        if let Value::Object(nested) = value
+            && key.ends_with("_config")
+            && key != "quantization_config"
+        {
+            set_dtype(nested, dtype, &format!("{at}{key}."), changes);
+        }
+    }
+}
+
+/// The floating-point dtype that most bytes of the output have.
+fn main_dtype(layout: &OutputLayout) -> Option<Dtype> {
+    let mut bytes: BTreeMap<Dtype, u64> = BTreeMap::new();
+    for tensor in layout.files.iter().flat_map(|file| &file.tensors) {
+        if tensor.dtype.is_merge_float() {
+            *bytes.entry(tensor.dtype).or_default() += tensor.bytes;
+        }
+    }
+    bytes
+        .into_iter()
+        .max_by_key(|entry| entry.1)
+        .map(|entry| entry.0)
+}
+
+/// Whether any tensor is stored as quantisers store them.
+fn is_quantised(base: &Checkpoint) -> bool {
+    const SUFFIXES: [&str; 10] = [
+        ".SCB",
+        ".absmax",
+        ".g_idx",
+        ".qweight",
+        ".qzeros",
+        ".weight_packed",
+        ".weight_scale",
+        ".weight_scale_inv",
+        "_blocks",
+        "_scales",
+    ];
+    base.tensors().any(|(_, info)| {
+        let eight_bit = info.dtype.bits() <= 8 && info.dtype != Dtype::Bool;
+        let weight = info.name.ends_with(".weight") && eight_bit;
+        weight || SUFFIXES.iter().any(|suffix| info.name.ends_with(suffix))
+    })
+}
+
+/// The directory whose tokenizer belongs to the adapter.
+fn adapter_directory(adapter: &Adapter) -> Option<&Path> {
+    if adapter.format != AdapterFormat::Peft {
+        return None;
+    }
+    if adapter.path.is_dir() {
+        Some(&adapter.path)
+    } else {
+        Some(parent_of(&adapter.path))
+    }
+}
+
+/// The entries of a directory, sorted: (name, path, is a directory). Links are followed.
+fn list(directory: &Path) -> Result<Vec<(String, PathBuf, bool)>> {
+    let mut entries = Vec::new();
+    for entry in std::fs::read_dir(directory).at(directory, "list")? {
+        let path = entry.at(directory, "list")?.path();
+        let name = path
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
+        let is_directory = path.is_dir();
+        entries.push((name, path, is_directory));
+    }
+    entries.sort();
+    Ok(entries)
+}

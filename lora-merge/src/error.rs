@@ -1,0 +1,238 @@
+//! Why a merge cannot be planned or finished.
+
+use std::fmt;
+use std::path::PathBuf;
+
+use lora_format::{Dtype, Shape};
+
+/// The result of this crate's operations.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Anything that stops a merge. Nothing has been left behind when one is returned.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A file could not be read or written.
+    #[error(transparent)]
+    Format(#[from] lora_format::Error),
+    /// The adapter does not fit the base; no byte was written.
+    #[error("{}", list(adapter, base, problems))]
+    Plan {
+        /// The adapter.
+        adapter: PathBuf,
+        /// The base model.
+        base: PathBuf,
+        /// Every problem found, in the adapter's order.
+        problems: Vec<PlanProblem>,
+    },
+    /// The base is not the one the adapter was trained on.
+    #[error(
+        "{}: not the base that {} was trained on: {equal} of {compared} sampled values agree, the \
+         first that differ are in `{first}`", base.display(), adapter.display()
+    )]
+    DifferentBase {
+        /// The adapter.
+        adapter: PathBuf,
+        /// The base model in hand.
+        base: PathBuf,
+        /// Samples that agree.
+        equal: usize,
+        /// Samples compared.
+        compared: usize,
+        /// The first target that differs.
+        first: String,
+    },
+    /// The adapter holds NaN or infinities.
+    #[error(
+        "{}: tensor `{tensor}` holds {count} values that are NaN or infinite, the first at \
+         element {first}", adapter.display()
+    )]
+    NonFinite {
+        /// The adapter.
+        adapter: PathBuf,
+        /// Its tensor.
+        tensor: String,
+        /// How many.
+        count: usize,
+        /// Flat index of the first.
+        first: usize,
+    },
+    /// A finite value does not fit the output's dtype.
+    #[error(
+        "tensor `{tensor}`: at least {count} finite values become infinite in {dtype}, whose \
+         largest is {}", largest(*dtype)
+    )]
+    Overflow {
+        /// The base's tensor.
+        tensor: String,
+        /// How many, in the tile where it was noticed.
+        count: u64,
+        /// The output's dtype.
+        dtype: Dtype,
+    },
+    /// The file system has too little room.
+    #[error(
+        "{}: the output needs {} and {} are free", directory.display(), Bytes(*needed),
+        Bytes(*free)
+    )]
+    NoSpace {
+        /// Where the output would go.
+        directory: PathBuf,
+        /// Bytes the output takes.
+        needed: u64,
+        /// Bytes available.
+        free: u64,
+    },
+    /// The output path is, holds or lies in an input.
+    #[error("{}: the output would replace or change the input {}", output.display(), input.display())]
+    OutputIsInput {
+        /// The output.
+        output: PathBuf,
+        /// The input.
+        input: PathBuf,
+    },
+    /// `--force` was given, but what stands there is not a model.
+    #[error("{}: this directory is not a model that a merge wrote; it is not replaced", path.display())]
+    NotReplaceable {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// Shards were asked for where the output is one file.
+    #[error("a single file cannot be sharded; give a directory as the base")]
+    ShardsNeedDirectory,
+    /// The user interrupted the merge.
+    #[error("interrupted")]
+    Interrupted,
+}
+
+/// One reason why an adapter does not fit a base.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+#[allow(missing_docs, reason = "the messages are the documentation")]
+pub enum PlanProblem {
+    #[error("`{module}`: the base has no such parameter{}", nearest_text(nearest))]
+    Unresolved {
+        module: String,
+        nearest: Vec<String>,
+    },
+    #[error(
+        "`{module}`: the base ties the output layer to the input embedding and stores no \
+         `{module}.weight`; merging into one of two tied weights changes both"
+    )]
+    Tied { module: String },
+    #[error("`{module}`: fits several parameters of the base: {}", candidates.join(", "))]
+    Ambiguous {
+        module: String,
+        candidates: Vec<String>,
+    },
+    #[error("`{first}` and `{second}` both resolve to `{parameter}`")]
+    Collision {
+        first: String,
+        second: String,
+        parameter: String,
+    },
+    #[error(
+        "`{parameter}`: the base stores {shape}, B·A is {out_features} × {in_features}: {cause}"
+    )]
+    Shape {
+        parameter: String,
+        shape: Shape,
+        out_features: usize,
+        in_features: usize,
+        cause: ShapeCause,
+    },
+    #[error(
+        "`{parameter}`: the base stores it as {dtype}{}: quantised bases are not implemented yet",
+        method_text(method)
+    )]
+    Quantised {
+        parameter: String,
+        dtype: Dtype,
+        method: Option<String>,
+    },
+    #[error(
+        "`{parameter}` is square, and whether it is stored as (out, in) or (in, out) is contradictory: {evidence}"
+    )]
+    Orientation { parameter: String, evidence: String },
+}
+
+/// What most likely explains a shape that does not fit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ShapeCause {
+    /// Only the vocabulary dimension differs.
+    ResizedVocabulary,
+    /// The parameter is not a matrix.
+    NotAMatrix,
+    /// Neither orientation fits.
+    WrongBase,
+}
+
+impl fmt::Display for ShapeCause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            ShapeCause::ResizedVocabulary => {
+                "one dimension fits and the other does not: was the vocabulary resized for \
+                 training?"
+            }
+            ShapeCause::NotAMatrix => {
+                "the parameter is not a matrix (fused experts and convolutions are not \
+                 implemented yet)"
+            }
+            ShapeCause::WrongBase => {
+                "neither this shape nor its transpose fits: is this the model that the adapter \
+                 was trained on?"
+            }
+        })
+    }
+}
+
+fn nearest_text(nearest: &[String]) -> String {
+    if nearest.is_empty() {
+        return String::new();
+    }
+    format!("; nearest: {}", nearest.join(", "))
+}
+
+fn method_text(method: &Option<String>) -> String {
+    method
+        .as_ref()
+        .map_or_else(String::new, |method| format!(" (quantised with {method})"))
+}
+
+fn list(adapter: &std::path::Path, base: &std::path::Path, problems: &[PlanProblem]) -> String {
+    const SHOWN: usize = 100;
+    let mut text = format!("{} does not fit {}:", adapter.display(), base.display());
+    if let [only] = problems {
+        return format!("{text} {only}");
+    }
+    for problem in problems.iter().take(SHOWN) {
+        text.push_str(&format!("\n  - {problem}"));
+    }
+    if problems.len() > SHOWN {
+        text.push_str(&format!("\n  - and {} more", problems.len() - SHOWN));
+    }
+    text
+}
+
+fn largest(dtype: Dtype) -> &'static str {
+    match dtype {
+        Dtype::F16 => "65504",
+        _ => "about 3.4e38",
+    }
+}
+
+/// A number of bytes as messages print it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bytes(pub u64);
+
+impl fmt::Display for Bytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const UNITS: [(&str, u64); 3] = [("GB", 1_000_000_000), ("MB", 1_000_000), ("kB", 1_000)];
+        for (unit, size) in UNITS {
+            if self.0 >= size {
+                return write!(f, "{:.2} {unit}", self.0 as f64 / size as f64);
+            }
+        }
+        write!(f, "{} B", self.0)
+    }
+}

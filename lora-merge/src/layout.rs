@@ -1,0 +1,257 @@
+//! Where every output tensor goes: which file, at which offset, made how.
+
+use std::collections::HashMap;
+
+use lora_format::Dtype;
+use lora_format::checkpoint::{Checkpoint, Layout, Location};
+use lora_format::container::safetensors::{Declared, encode_header};
+use serde_json::{Map, Value, json};
+
+use crate::error::{Error, Result};
+
+/// 5 GB, as huggingface_hub counts them.
+pub const DEFAULT_SHARD_BYTES: u64 = 5_000_000_000;
+
+/// How the output's bytes come to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Job {
+    /// The base's bytes.
+    Copy,
+    /// The base's values in another dtype.
+    Convert,
+    /// The base's values plus the delta of the target with this index.
+    Merge(usize),
+}
+
+/// One tensor of the output.
+#[derive(Clone, Debug)]
+pub struct OutputTensor {
+    /// The base's tensor.
+    pub source: Location,
+    /// How it is made.
+    pub job: Job,
+    /// The dtype it is written in.
+    pub dtype: Dtype,
+    /// Its size in the output.
+    pub bytes: u64,
+    /// Its first byte in the output file.
+    pub offset: u64,
+}
+
+/// One file of the output.
+#[derive(Clone, Debug)]
+pub struct OutputFile {
+    /// Its name in the output directory; of a single-file output, unused.
+    pub name: String,
+    /// Everything up to its data.
+    pub header: Vec<u8>,
+    /// Its tensors, in data order.
+    pub tensors: Vec<OutputTensor>,
+    /// Its whole size.
+    pub bytes: u64,
+}
+
+/// All files of the output.
+#[derive(Clone, Debug)]
+pub struct OutputLayout {
+    /// The safetensors files.
+    pub files: Vec<OutputFile>,
+    /// `model.safetensors.index.json`, if there is more than one file or the base had one.
+    pub index: Option<Map<String, Value>>,
+    /// Bytes of all tensors.
+    pub tensor_bytes: u64,
+    /// Whether the shards are not those of the base.
+    pub resharded: bool,
+}
+
+/// The output dtype of each tensor, and which target it is.
+pub(crate) struct Choices<'a> {
+    /// The dtype that floating-point tensors are converted to; `None` keeps each tensor's own.
+    pub(crate) dtype: Option<Dtype>,
+    /// Target indices by location.
+    pub(crate) targets: &'a HashMap<Location, usize>,
+    /// The user's `--max-shard-size`.
+    pub(crate) shard_bytes: Option<u64>,
+}
+
+/// Lays the output out like the base, or in new shards where its own would grow too large.
+pub(crate) fn lay_out(base: &Checkpoint, choices: &Choices<'_>) -> Result<OutputLayout> {
+    let groups: Vec<Vec<OutputTensor>> = (0..base.shards().len())
+        .map(|shard| shard_tensors(base, shard, choices))
+        .collect();
+    let single = base.layout() == Layout::File;
+    if single && choices.shard_bytes.is_some() {
+        return Err(Error::ShardsNeedDirectory);
+    }
+    let data_bytes = |group: &[OutputTensor]| group.iter().map(|tensor| tensor.bytes).sum::<u64>();
+    let limit = choices.shard_bytes.unwrap_or(DEFAULT_SHARD_BYTES);
+    // A shard that was over the limit before and has not grown is the publisher's choice.
+    let outgrown = groups.iter().zip(base.shards()).any(|(group, shard)| {
+        let bytes = data_bytes(group);
+        bytes > limit && (choices.shard_bytes.is_some() || bytes > shard.file.file_bytes())
+    });
+    let resharded = !single && outgrown;
+    let names: Vec<String>;
+    let groups = if resharded {
+        let groups = reshard(groups, limit);
+        names = shard_names(groups.len());
+        groups
+    } else {
+        names = base
+            .shards()
+            .iter()
+            .map(|shard| shard.name.clone())
+            .collect();
+        groups
+    };
+    let metadata = shared_metadata(base);
+    let mut files = Vec::with_capacity(groups.len());
+    for (number, (name, tensors)) in names.into_iter().zip(groups).enumerate() {
+        let metadata = if resharded {
+            &metadata
+        } else {
+            &base.shards()[number].file.header().metadata
+        };
+        files.push(place(base, name, metadata, tensors));
+    }
+    let tensor_bytes = files.iter().map(|file| data_bytes(&file.tensors)).sum();
+    let indexed = files.len() > 1 || (base.layout() == Layout::Sharded && !resharded);
+    let index = indexed.then(|| index(base, &files, tensor_bytes));
+    Ok(OutputLayout {
+        files,
+        index,
+        tensor_bytes,
+        resharded,
+    })
+}
+
+/// The tensors of one shard of the base in data order, less stale copies.
+fn shard_tensors(base: &Checkpoint, number: usize, choices: &Choices<'_>) -> Vec<OutputTensor> {
+    let shard = &base.shards()[number];
+    let stale = |position: &usize| shard.stale.contains(position);
+    let positions = (0..shard.file.header().tensors.len()).filter(|position| !stale(position));
+    positions
+        .map(|tensor| {
+            let source = Location {
+                shard: number,
+                tensor,
+            };
+            let info = base.info(source);
+            let wanted = choices.dtype.filter(|_| info.dtype.is_merge_float());
+            let dtype = wanted.unwrap_or(info.dtype);
+            let job = match choices.targets.get(&source) {
+                Some(&target) => Job::Merge(target),
+                None if dtype != info.dtype => Job::Convert,
+                None => Job::Copy,
+            };
+            let bytes = info.bytes() * dtype.bits() / info.dtype.bits();
+            OutputTensor {
+                source,
+                job,
+                dtype,
+                bytes,
+                offset: 0,
+            }
+        })
+        .collect()
+}
+
+/// Greedy in the base's order, as huggingface_hub shards: a file is closed when the next tensor
+/// would take it over the limit; a tensor over the limit has a file to itself.
+fn reshard(groups: Vec<Vec<OutputTensor>>, limit: u64) -> Vec<Vec<OutputTensor>> {
+    let mut shards = Vec::new();
+    let mut current = Vec::new();
+    let mut size = 0;
+    for tensor in groups.into_iter().flatten() {
+        if size + tensor.bytes > limit && !current.is_empty() {
+            shards.push(std::mem::take(&mut current));
+            size = 0;
+        }
+        size += tensor.bytes;
+        current.push(tensor);
+    }
+    if !current.is_empty() || shards.is_empty() {
+        shards.push(current);
+    }
+    shards
+}
+
+fn shard_names(count: usize) -> Vec<String> {
+    if count == 1 {
+        return vec![lora_format::checkpoint::MODEL_FILE.to_owned()];
+    }
+    (1..=count)
+        .map(|number| format!("model-{number:05}-of-{count:05}.safetensors"))
+        .collect()
+}
+
+/// Metadata that all shards of the base have in common, for new shards.
+fn shared_metadata(base: &Checkpoint) -> Vec<(String, String)> {
+    let mut headers = base
+        .shards()
+        .iter()
+        .map(|shard| &shard.file.header().metadata);
+    let Some(first) = headers.next() else {
+        return Vec::new();
+    };
+    let others: Vec<_> = headers.collect();
+    first
+        .iter()
+        .filter(|entry| others.iter().all(|other| other.contains(entry)))
+        .cloned()
+        .collect()
+}
+
+fn place(
+    base: &Checkpoint,
+    name: String,
+    metadata: &[(String, String)],
+    mut tensors: Vec<OutputTensor>,
+) -> OutputFile {
+    let header = encode_header(
+        metadata,
+        tensors.iter().map(|tensor| {
+            let info = base.info(tensor.source);
+            Declared {
+                name: &info.name,
+                dtype: tensor.dtype,
+                shape: &info.shape,
+                bytes: tensor.bytes,
+            }
+        }),
+    );
+    let mut offset = header.len() as u64;
+    for tensor in &mut tensors {
+        tensor.offset = offset;
+        offset += tensor.bytes;
+    }
+    OutputFile {
+        name,
+        header,
+        tensors,
+        bytes: offset,
+    }
+}
+
+/// The index: the base's own metadata with the new size, and every tensor's file.
+fn index(base: &Checkpoint, files: &[OutputFile], tensor_bytes: u64) -> Map<String, Value> {
+    let mut metadata = base.index_metadata().clone();
+    metadata.insert("total_size".to_owned(), json!(tensor_bytes));
+    let mut entries: Vec<(&str, &str)> = files
+        .iter()
+        .flat_map(|file| {
+            file.tensors
+                .iter()
+                .map(|tensor| (base.info(tensor.source).name.as_str(), file.name.as_str()))
+        })
+        .collect();
+    entries.sort_unstable();
+    let weight_map: Map<String, Value> = entries
+        .into_iter()
+        .map(|(tensor, file)| (tensor.to_owned(), json!(file)))
+        .collect();
+    let mut index = Map::new();
+    index.insert("metadata".to_owned(), Value::Object(metadata));
+    index.insert("weight_map".to_owned(), Value::Object(weight_map));
+    index
+}

@@ -1,0 +1,240 @@
+//! Whether a weight is stored as (out, in), as Linear layers do, or as (in, out), as Conv1D does.
+//!
+//! The shape decides where it can. A square weight is decided by its siblings in the base (the
+//! non-square weights of the same block, whose bias tells the output dimension, and the adapter's
+//! own non-square targets), then by `model_type`, then by the trainer's `fan_in_fan_out`. Evidence
+//! that contradicts itself is an error: a transposed delta of the right shape is the kind of
+//! mistake that nobody notices.
+
+use std::collections::BTreeMap;
+
+use lora_format::Shape;
+use lora_format::checkpoint::{Checkpoint, Location};
+use lora_format::model::LowRank;
+
+use crate::error::{PlanProblem, ShapeCause};
+use crate::resolve::is_input_embedding;
+
+/// How a weight is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Orientation {
+    /// (out, in): Linear.
+    OutIn,
+    /// (in, out): Conv1D.
+    InOut,
+}
+
+impl Orientation {
+    /// The name in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Orientation::OutIn => "out×in",
+            Orientation::InOut => "in×out",
+        }
+    }
+}
+
+/// Model types whose blocks store weights as (in, out): those built of transformers' Conv1D.
+const CONV1D_MODELS: [&str; 6] = [
+    "gpt2",
+    "openai-gpt",
+    "imagegpt",
+    "decision_transformer",
+    "clvp",
+    "gpt-sw3",
+];
+
+/// What the shape alone says.
+pub(crate) enum FromShape {
+    Decided(Orientation),
+    Square,
+    Misfit(PlanProblem),
+}
+
+/// Compares a stored shape with the factors'.
+pub(crate) fn from_shape(parameter: &str, shape: &[usize], factors: &LowRank) -> FromShape {
+    let (out, input) = (factors.out_features(), factors.in_features());
+    let cause = match *shape {
+        [rows, cols] if rows == out && cols == input && out == input => return FromShape::Square,
+        [rows, cols] if rows == out && cols == input => {
+            return FromShape::Decided(Orientation::OutIn);
+        }
+        [rows, cols] if rows == input && cols == out => {
+            return FromShape::Decided(Orientation::InOut);
+        }
+        [rows, cols] if is_vocabulary(parameter) && (cols == input || rows == out) => {
+            ShapeCause::ResizedVocabulary
+        }
+        [_, _] => ShapeCause::WrongBase,
+        _ => ShapeCause::NotAMatrix,
+    };
+    FromShape::Misfit(PlanProblem::Shape {
+        parameter: parameter.to_owned(),
+        shape: Shape(shape.to_vec()),
+        out_features: out,
+        in_features: input,
+        cause,
+    })
+}
+
+fn is_vocabulary(parameter: &str) -> bool {
+    is_input_embedding(parameter) || parameter.ends_with("lm_head.weight")
+}
+
+/// Decides square targets.
+pub(crate) struct Judge<'a> {
+    base: &'a Checkpoint,
+    /// The trainer's word, or the user's.
+    flag: Option<bool>,
+    /// Whether the user insists on the flag.
+    forced: bool,
+    /// The adapter's non-square targets.
+    decided: BTreeMap<&'a str, Orientation>,
+}
+
+impl<'a> Judge<'a> {
+    pub(crate) fn new(
+        base: &'a Checkpoint,
+        trained: Option<bool>,
+        user: Option<bool>,
+        decided: BTreeMap<&'a str, Orientation>,
+    ) -> Judge<'a> {
+        Judge {
+            base,
+            flag: user.or(trained),
+            forced: user.is_some(),
+            decided,
+        }
+    }
+
+    /// The orientation of the square weight `parameter`.
+    pub(crate) fn square(&self, parameter: &str) -> Result<Orientation, PlanProblem> {
+        let flag = self.flag.map(oriented);
+        if let (true, Some(orientation)) = (self.forced, flag) {
+            return Ok(orientation);
+        }
+        let contradiction = |evidence: String| PlanProblem::Orientation {
+            parameter: parameter.to_owned(),
+            evidence,
+        };
+        let siblings = self.siblings(parameter);
+        if let Some((_, first)) = siblings.first()
+            && let Some((name, other)) = siblings.iter().find(|(_, other)| other != first)
+        {
+            let evidence = format!(
+                "`{}` is {}, `{name}` is {}",
+                siblings[0].0,
+                first.name(),
+                other.name()
+            );
+            return Err(contradiction(evidence));
+        }
+        let sibling = siblings.first().map(|entry| entry.1);
+        let model = self.model_type();
+        let by_model = model.map(|model| oriented(CONV1D_MODELS.contains(&model)));
+        if let (Some(sibling), Some(by_model)) = (sibling, by_model)
+            && sibling != by_model
+        {
+            let evidence = format!(
+                "its sibling `{}` is {}, model_type {} means {}",
+                siblings[0].0,
+                sibling.name(),
+                model.unwrap_or_default(),
+                by_model.name()
+            );
+            return Err(contradiction(evidence));
+        }
+        let Some(orientation) = sibling.or(by_model) else {
+            return Ok(flag.unwrap_or(Orientation::OutIn));
+        };
+        // PEFT keeps one flag for the whole adapter and overwrites it layer by layer, so where
+        // the adapter's own shapes refute it, it says nothing about this layer.
+        let refuted = self.decided.values().any(|&shown| Some(shown) != flag);
+        match flag {
+            Some(flag) if flag != orientation && !refuted => Err(contradiction(format!(
+                "{} means {}, the adapter's fan_in_fan_out means {}",
+                siblings.first().map_or_else(
+                    || format!("model_type {}", model.unwrap_or_default()),
+                    |entry| format!("its sibling `{}`", entry.0)
+                ),
+                orientation.name(),
+                flag.name()
+            ))),
+            _ => Ok(orientation),
+        }
+    }
+
+    fn model_type(&self) -> Option<&'a str> {
+        self.base.config()?.get("model_type")?.as_str()
+    }
+
+    /// Non-square weights of the block that `parameter` is in, with what they show: targets of the
+    /// adapter by their shapes, other weights by the length of their bias.
+    fn siblings(&self, parameter: &str) -> Vec<(String, Orientation)> {
+        let block = block_of(parameter);
+        let mut found: Vec<(String, Orientation)> = self
+            .decided
+            .range(block..)
+            .take_while(|entry| entry.0.starts_with(block))
+            .filter(|entry| block_of(entry.0) == block)
+            .map(|entry| ((*entry.0).to_owned(), *entry.1))
+            .collect();
+        for (_, info) in self.base.tensors_under(block) {
+            let Some(stem) = info.name.strip_suffix(".weight") else {
+                continue;
+            };
+            let [rows, cols] = *info.shape.as_slice() else {
+                continue;
+            };
+            if rows == cols || block_of(&info.name) != block {
+                continue;
+            }
+            let bias = self.base.find(&format!("{stem}.bias"));
+            let length = bias.map(|location: Location| self.base.info(location).elements());
+            if length == Some(rows as u64) {
+                found.push((info.name.clone(), Orientation::OutIn));
+            } else if length == Some(cols as u64) {
+                found.push((info.name.clone(), Orientation::InOut));
+            }
+        }
+        found
+    }
+}
+
+fn oriented(fan_in_fan_out: bool) -> Orientation {
+    if fan_in_fan_out {
+        Orientation::InOut
+    } else {
+        Orientation::OutIn
+    }
+}
+
+/// The name up to and including its last layer number: `transformer.h.3` of
+/// `transformer.h.3.attn.c_proj.weight`. A name without a number is its own block.
+fn block_of(parameter: &str) -> &str {
+    let mut end = None;
+    let mut at = 0;
+    for part in parameter.split('.') {
+        at += part.len();
+        if !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit()) {
+            end = Some(at);
+        }
+        at += 1;
+    }
+    &parameter[..end.unwrap_or(parameter.len())]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_block_ends_at_the_last_number() {
+        assert_eq!(
+            block_of("transformer.h.3.attn.c_proj.weight"),
+            "transformer.h.3"
+        );
+        assert_eq!(block_of("a.0.experts.12.w1.weight"), "a.0.experts.12");
+        assert_eq!(block_of("lm_head.weight"), "lm_head.weight");
+    }
+}

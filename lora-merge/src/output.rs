@@ -1,0 +1,190 @@
+//! The output on disk: staged beside its destination, complete under its name or not there.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use lora_format::IoContext;
+use lora_format::checkpoint::{Checkpoint, INDEX_FILE, Layout};
+use lora_format::io::atomic::{
+    self, AtomicFile, Durability, Overwrite, StagedDirectory, parent_of,
+};
+use serde_json::{Map, Value};
+
+use crate::assets::Assets;
+use crate::engine::{self, OutputHandle, Progress, RunOptions};
+use crate::error::{Error, Result};
+use crate::plan::MergePlan;
+use crate::report::MergeReport;
+
+/// Where and how the output is written.
+#[derive(Clone, Debug)]
+pub struct OutputOptions {
+    /// The file or directory to make.
+    pub destination: PathBuf,
+    /// Whether something there may be replaced.
+    pub overwrite: Overwrite,
+    /// Whether to wait for the disk.
+    pub durability: Durability,
+}
+
+/// Refuses destinations that would damage an input or the user's other files, and file systems
+/// that are too small.
+///
+/// # Errors
+/// [`Error::OutputIsInput`], [`Error::NotReplaceable`], [`Error::NoSpace`], or
+/// [`lora_format::Error::OutputExists`].
+pub fn check_destination(plan: &MergePlan, options: &OutputOptions) -> Result<()> {
+    let destination = &options.destination;
+    let output = absolute(destination)?;
+    let shards = plan.base.shards().iter().map(|shard| shard.file.path());
+    for input in shards.chain([plan.base.path(), plan.adapter.path.as_path()]) {
+        // The input itself, or a directory that holds it.
+        if absolute(input)?.starts_with(&output) {
+            let (output, input) = (destination.clone(), input.to_owned());
+            return Err(Error::OutputIsInput { output, input });
+        }
+    }
+    atomic::refuse_existing(destination, options.overwrite)?;
+    if destination.is_dir() && !looks_like_model(destination)? {
+        return Err(Error::NotReplaceable {
+            path: destination.clone(),
+        });
+    }
+    let directory = parent_of(destination);
+    let needed = plan.output.files.iter().map(|file| file.bytes).sum();
+    match free_bytes(directory) {
+        Some(free) if free < needed => Err(Error::NoSpace {
+            directory: directory.to_owned(),
+            needed,
+            free,
+        }),
+        _ => Ok(()),
+    }
+}
+
+/// Runs a merge and puts the result in place.
+///
+/// # Errors
+/// What [`check_destination`] refuses, [`Error::NonFinite`], [`Error::Overflow`],
+/// [`Error::Interrupted`], or a file system's failure. Nothing is left behind.
+pub fn write(
+    plan: &MergePlan,
+    assets: &Assets,
+    options: &OutputOptions,
+    run: &RunOptions,
+    progress: &Progress,
+) -> Result<MergeReport> {
+    check_destination(plan, options)?;
+    if plan.base.layout() == Layout::File {
+        let output = AtomicFile::create(&options.destination, options.overwrite)?;
+        let handle = OutputHandle {
+            path: &options.destination,
+            file: output.file(),
+        };
+        let report = engine::fill(plan, &[handle], run, progress)?;
+        output.commit(options.durability)?;
+        return Ok(report);
+    }
+    write_directory(plan, assets, options, run, progress)
+}
+
+fn write_directory(
+    plan: &MergePlan,
+    assets: &Assets,
+    options: &OutputOptions,
+    run: &RunOptions,
+    progress: &Progress,
+) -> Result<MergeReport> {
+    let staging = StagedDirectory::create(&options.destination, options.overwrite)?;
+    let paths: Vec<PathBuf> = plan
+        .output
+        .files
+        .iter()
+        .map(|file| staging.path().join(&file.name))
+        .collect();
+    let mut files = Vec::with_capacity(paths.len());
+    for path in &paths {
+        files.push(File::create_new(path).at(path, "create")?);
+    }
+    let handles: Vec<OutputHandle<'_>> = paths
+        .iter()
+        .zip(&files)
+        .map(|(path, file)| OutputHandle { path, file })
+        .collect();
+    let report = engine::fill(plan, &handles, run, progress)?;
+    for handle in &handles {
+        finish_file(handle.file, handle.path, options.durability)?;
+    }
+    if let Some(index) = &plan.output.index {
+        write_json(&staging.path().join(INDEX_FILE), index, options.durability)?;
+    }
+    for (name, source) in &assets.files {
+        let target = staging.path().join(name);
+        if let Some(edited) = assets.config.as_ref().filter(|_| name == "config.json") {
+            write_json(&target, edited, options.durability)?;
+            continue;
+        }
+        let parent = parent_of(&target);
+        std::fs::create_dir_all(parent).at(parent, "create")?;
+        std::fs::copy(source, &target).at(source, "copy")?;
+        let copied = File::open(&target).at(&target, "open")?;
+        finish_file(&copied, &target, options.durability)?;
+    }
+    if progress.is_cancelled() {
+        return Err(Error::Interrupted);
+    }
+    staging.commit(options.durability)?;
+    Ok(report)
+}
+
+fn finish_file(file: &File, path: &Path, durability: Durability) -> Result<()> {
+    if durability == Durability::Fsync {
+        file.sync_all().at(path, "sync to disk")?;
+    }
+    Ok(())
+}
+
+/// Two-space indentation and a final newline, as transformers writes its JSON files.
+fn write_json(path: &Path, value: &Map<String, Value>, durability: Durability) -> Result<()> {
+    let mut text =
+        serde_json::to_string_pretty(value).map_err(|source| lora_format::Error::Json {
+            path: path.to_owned(),
+            source,
+        })?;
+    text.push('\n');
+    std::fs::write(path, text).at(path, "write")?;
+    let file = File::open(path).at(path, "open")?;
+    finish_file(&file, path, durability)
+}
+
+/// The path with links resolved as far as it exists.
+fn absolute(path: &Path) -> Result<PathBuf> {
+    if let Ok(canonical) = path.canonicalize() {
+        return Ok(canonical);
+    }
+    let parent = parent_of(path);
+    let parent = parent.canonicalize().at(parent, "open")?;
+    Ok(path
+        .file_name()
+        .map_or(parent.clone(), |name| parent.join(name)))
+}
+
+/// Whether a directory may be replaced on request: it holds a model and nothing that a merge
+/// would not have written.
+fn looks_like_model(directory: &Path) -> Result<bool> {
+    Ok(directory.join("config.json").exists() && Checkpoint::open(directory).is_ok())
+}
+
+/// Bytes that an unprivileged user may still write to the file system of `directory`.
+fn free_bytes(directory: &Path) -> Option<u64> {
+    #[cfg(unix)]
+    {
+        let status = rustix::fs::statvfs(directory).ok()?;
+        status.f_bavail.checked_mul(status.f_frsize)
+    }
+    #[cfg(not(unix))]
+    {
+        let _ = directory;
+        None
+    }
+}
