@@ -73,10 +73,7 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::Unrecognised`], [`Error::Index`], [`Error::Header`], [`Error::Io`].
     pub fn open(path: &Path) -> Result<Checkpoint> {
-        let unrecognised = |problem| Error::Unrecognised {
-            path: path.to_owned(),
-            problem,
-        };
+        let unrecognised = |problem| Error::Unrecognised { path: path.to_owned(), problem };
         let Ok(metadata) = std::fs::metadata(path) else {
             return Err(unrecognised(DetectProblem::NotFound));
         };
@@ -94,11 +91,7 @@ impl Checkpoint {
         let mut files = Vec::new();
         let mut pickles = Vec::new();
         for entry in std::fs::read_dir(path).at(path, "list")? {
-            let name = entry
-                .at(path, "list")?
-                .file_name()
-                .to_string_lossy()
-                .into_owned();
+            let name = entry.at(path, "list")?.file_name().to_string_lossy().into_owned();
             if name.ends_with(".safetensors") && !name.starts_with('.') {
                 files.push(name);
             } else if name.ends_with(".bin") || name.ends_with(".pt") {
@@ -112,49 +105,29 @@ impl Checkpoint {
                 let file = SafetensorsFile::open(&path.join(only))?;
                 Checkpoint::of_single(path, Layout::Directory, file)
             }
-            ([], Some(file)) => Err(unrecognised(DetectProblem::PickleOnly {
-                file: file.clone(),
-            })),
+            ([], Some(file)) => Err(unrecognised(DetectProblem::PickleOnly { file: file.clone() })),
             ([], None) => Err(unrecognised(DetectProblem::NoModel)),
             _ => Err(unrecognised(DetectProblem::SeveralModels { files })),
         }
     }
 
     fn of_single(path: &Path, layout: Layout, file: SafetensorsFile) -> Result<Checkpoint> {
-        let name = file
-            .path()
-            .file_name()
-            .unwrap_or_default()
-            .to_string_lossy()
-            .into_owned();
-        let shards = vec![Shard {
-            name,
-            file,
-            stale: Vec::new(),
-        }];
+        let name = file.path().file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let shards = vec![Shard { name, file, stale: Vec::new() }];
         Checkpoint::assemble(path, layout, shards, Map::new(), Vec::new())
     }
 
     fn of_index(path: &Path, index_path: &Path) -> Result<Checkpoint> {
         let index = Index::read(index_path)?;
-        let invalid = |problem| Error::Index {
-            path: index_path.to_owned(),
-            problem,
-        };
+        let invalid = |problem| Error::Index { path: index_path.to_owned(), problem };
         let mut shards = Vec::with_capacity(index.shards.len());
         for name in &index.shards {
             let file = path.join(name);
             if !file.exists() {
-                return Err(invalid(IndexProblem::MissingShard {
-                    shard: name.clone(),
-                }));
+                return Err(invalid(IndexProblem::MissingShard { shard: name.clone() }));
             }
             let file = SafetensorsFile::open(&file)?;
-            shards.push(Shard {
-                name: name.clone(),
-                file,
-                stale: Vec::new(),
-            });
+            shards.push(Shard { name: name.clone(), file, stale: Vec::new() });
         }
         for (tensor, shard) in &index.weight_map {
             let shard = &shards[*shard as usize];
@@ -172,16 +145,9 @@ impl Checkpoint {
                     Some(indexed) => {
                         shard.stale.push(position);
                         let indexed = index.shards[indexed].clone();
-                        notes.push(Note::StaleCopy {
-                            tensor,
-                            shard: shard_name,
-                            indexed,
-                        });
+                        notes.push(Note::StaleCopy { tensor, shard: shard_name, indexed });
                     }
-                    None => notes.push(Note::NotInIndex {
-                        tensor,
-                        shard: shard_name,
-                    }),
+                    None => notes.push(Note::NotInIndex { tensor, shard: shard_name }),
                 }
             }
         }
@@ -204,16 +170,10 @@ impl Checkpoint {
             }
         }
         let name_of = |&(shard, tensor): &(u32, u32)| {
-            shards[shard as usize].file.header().tensors[tensor as usize]
-                .name
-                .as_str()
+            shards[shard as usize].file.header().tensors[tensor as usize].name.as_str()
         };
         by_name.sort_unstable_by(|a, b| name_of(a).cmp(name_of(b)));
-        let directory = if layout == Layout::File {
-            io::atomic::parent_of(path)
-        } else {
-            path
-        };
+        let directory = if layout == Layout::File { io::atomic::parent_of(path) } else { path };
         let config = match existing(directory, "config.json") {
             // Beside a file that the user named, a config.json may belong to something else.
             Some(config) => match json::read_object(&config, limits::CONFIG_BYTES) {
@@ -224,15 +184,7 @@ impl Checkpoint {
             None => None,
         };
         let path = path.to_owned();
-        Ok(Checkpoint {
-            path,
-            layout,
-            shards,
-            by_name,
-            index_metadata,
-            config,
-            notes,
-        })
+        Ok(Checkpoint { path, layout, shards, by_name, index_metadata, config, notes })
     }
 
     /// The file or directory that was opened.
@@ -283,10 +235,7 @@ impl Checkpoint {
     /// Every tensor of the model, sorted by name.
     pub fn tensors(&self) -> impl ExactSizeIterator<Item = (Location, &TensorInfo)> {
         self.by_name.iter().map(|&(shard, tensor)| {
-            let location = Location {
-                shard: shard as usize,
-                tensor: tensor as usize,
-            };
+            let location = Location { shard: shard as usize, tensor: tensor as usize };
             (location, self.info(location))
         })
     }
@@ -297,17 +246,11 @@ impl Checkpoint {
         prefix: &'a str,
     ) -> impl Iterator<Item = (Location, &'a TensorInfo)> {
         let first = self.by_name.partition_point(|&(shard, tensor)| {
-            let location = Location {
-                shard: shard as usize,
-                tensor: tensor as usize,
-            };
+            let location = Location { shard: shard as usize, tensor: tensor as usize };
             self.info(location).name.as_str() < prefix
         });
         let rest = self.by_name[first..].iter().map(|&(shard, tensor)| {
-            let location = Location {
-                shard: shard as usize,
-                tensor: tensor as usize,
-            };
+            let location = Location { shard: shard as usize, tensor: tensor as usize };
             (location, self.info(location))
         });
         rest.take_while(move |(_, info)| info.name.starts_with(prefix))
@@ -337,22 +280,15 @@ struct Index {
 
 impl Index {
     fn read(path: &Path) -> Result<Index> {
-        let invalid = |problem| Error::Index {
-            path: path.to_owned(),
-            problem,
-        };
+        let invalid = |problem| Error::Index { path: path.to_owned(), problem };
         let text = io::read_limited(path, limits::INDEX_BYTES)?;
-        let raw: RawIndex = serde_json::from_slice(&text).map_err(|source| Error::Json {
-            path: path.to_owned(),
-            source,
-        })?;
+        let raw: RawIndex = serde_json::from_slice(&text)
+            .map_err(|source| Error::Json { path: path.to_owned(), source })?;
         let mut numbers: BTreeMap<String, u32> = BTreeMap::new();
         for (_, shard) in &raw.weight_map.0 {
             if !numbers.contains_key(shard) {
                 if !is_plain_name(shard) {
-                    return Err(invalid(IndexProblem::OutsideDirectory {
-                        shard: shard.clone(),
-                    }));
+                    return Err(invalid(IndexProblem::OutsideDirectory { shard: shard.clone() }));
                 }
                 numbers.insert(shard.clone(), 0);
             }
@@ -379,28 +315,18 @@ impl Index {
                 "the tensor `{}` appears twice in weight_map",
                 pair[0].0
             ));
-            return Err(Error::Json {
-                path: path.to_owned(),
-                source,
-            });
+            return Err(Error::Json { path: path.to_owned(), source });
         }
         let metadata = match raw.metadata {
             None | Some(Value::Null) => Map::new(),
             Some(Value::Object(map)) => map,
             Some(other) => return Err(Error::config(path, "metadata", "an object", &other)),
         };
-        Ok(Index {
-            metadata,
-            shards: numbers.into_keys().collect(),
-            weight_map,
-        })
+        Ok(Index { metadata, shards: numbers.into_keys().collect(), weight_map })
     }
 
     fn shard_of(&self, tensor: &str) -> Option<usize> {
-        let found = self
-            .weight_map
-            .binary_search_by(|entry| entry.0.as_str().cmp(tensor))
-            .ok()?;
+        let found = self.weight_map.binary_search_by(|entry| entry.0.as_str().cmp(tensor)).ok()?;
         Some(self.weight_map[found].1 as usize)
     }
 }

@@ -86,9 +86,9 @@ impl Dtype {
     /// Bytes of a tensor of this type and shape, or `None` if the product overflows or a
     /// sub-byte tensor does not fill whole bytes.
     pub fn tensor_bytes(self, shape: &[usize]) -> Option<u64> {
-        let elements = shape.iter().try_fold(1u64, |product, &dimension| {
-            product.checked_mul(dimension as u64)
-        })?;
+        let elements = shape
+            .iter()
+            .try_fold(1u64, |product, &dimension| product.checked_mul(dimension as u64))?;
         let bits = elements.checked_mul(self.bits())?;
         bits.is_multiple_of(8).then_some(bits / 8)
     }

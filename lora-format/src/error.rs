@@ -160,11 +160,7 @@ pub trait IoContext<T> {
 
 impl<T> IoContext<T> for io::Result<T> {
     fn at(self, path: &Path, action: &'static str) -> Result<T> {
-        self.map_err(|source| Error::Io {
-            path: path.to_owned(),
-            action,
-            source,
-        })
+        self.map_err(|source| Error::Io { path: path.to_owned(), action, source })
     }
 }
 
@@ -206,27 +202,13 @@ pub enum HeaderProblem {
     #[error("tensor `{tensor}`: shape {shape} is too large to count its bytes")]
     ShapeOverflow { tensor: String, shape: Shape },
     #[error("tensor `{tensor}`: offsets end before they begin ({start} > {end})")]
-    OffsetsReversed {
-        tensor: String,
-        start: u64,
-        end: u64,
-    },
+    OffsetsReversed { tensor: String, start: u64, end: u64 },
     #[error("tensor `{tensor}`: {dtype} {shape} takes {expected} bytes, its offsets span {found}")]
-    SizeMismatch {
-        tensor: String,
-        dtype: Dtype,
-        shape: Shape,
-        expected: u64,
-        found: u64,
-    },
+    SizeMismatch { tensor: String, dtype: Dtype, shape: Shape, expected: u64, found: u64 },
     #[error(
         "tensor `{tensor}`: ends at byte {end} of the data, the file has {data_bytes} (truncated?)"
     )]
-    OutOfRange {
-        tensor: String,
-        end: u64,
-        data_bytes: u64,
-    },
+    OutOfRange { tensor: String, end: u64, data_bytes: u64 },
     #[error("tensors `{first}` and `{second}` overlap")]
     Overlap { first: String, second: String },
     #[error("{bytes} bytes before tensor `{tensor}` belong to no tensor")]
@@ -234,11 +216,7 @@ pub enum HeaderProblem {
     #[error("{bytes} bytes after the last tensor belong to no tensor")]
     TrailingBytes { bytes: u64 },
     #[error("{found} {what}, the limit is {limit}")]
-    OverLimit {
-        what: &'static str,
-        found: usize,
-        limit: usize,
-    },
+    OverLimit { what: &'static str, found: usize, limit: usize },
 }
 
 /// Which rule a `model.safetensors.index.json` breaks.
@@ -288,16 +266,11 @@ pub enum DetectProblem {
          `….lora_A.weight` or `….lora_B.weight`{}",
         example(first)
     )]
-    NotAnAdapter {
-        tensors: usize,
-        first: Option<String>,
-    },
+    NotAnAdapter { tensors: usize, first: Option<String> },
 }
 
 fn example(first: &Option<String>) -> String {
-    first
-        .as_ref()
-        .map_or_else(String::new, |name| format!(" (the first is `{name}`)"))
+    first.as_ref().map_or_else(String::new, |name| format!(" (the first is `{name}`)"))
 }
 
 /// A feature that is recognised but not implemented.
@@ -325,28 +298,15 @@ pub enum AdapterProblem {
     #[error("`{tensor}`: dtype {dtype}; a factor must be F32, F16 or BF16")]
     FactorDtype { tensor: String, dtype: Dtype },
     #[error("`{tensor}`: shape {shape}; {expected}")]
-    FactorShape {
-        tensor: String,
-        shape: Shape,
-        expected: &'static str,
-    },
+    FactorShape { tensor: String, shape: Shape, expected: &'static str },
     #[error("`{module}`: A {a} and B {b} do not agree on the rank")]
     RankMismatch { module: String, a: Shape, b: Shape },
     #[error("`{module}`: rank {rank} is not between 1 and {limit}")]
-    RankRange {
-        module: String,
-        rank: usize,
-        limit: usize,
-    },
+    RankRange { module: String, rank: usize, limit: usize },
     #[error("`{module}`: the scale {scale} is not a finite number")]
     Scale { module: String, scale: f64 },
     #[error("`{module}`: the tensor `{tensor}` holds {stored}, the configuration gives {expected}")]
-    AlphaMismatch {
-        module: String,
-        tensor: String,
-        stored: f32,
-        expected: f32,
-    },
+    AlphaMismatch { module: String, tensor: String, stored: f32, expected: f32 },
     #[error("the configuration names the tensor `{tensor}`, which the file does not hold")]
     MissingTensor { tensor: String },
     #[error("the configuration names the module `{module}`, which has no tensors")]
@@ -364,10 +324,7 @@ pub enum AdapterProblem {
 }
 
 fn list_unsupported(features: &[Unsupported]) -> String {
-    list(
-        "the adapter uses what this version does not implement",
-        features,
-    )
+    list("the adapter uses what this version does not implement", features)
 }
 
 /// One problem inline, several as a list; long lists end with their number.

@@ -24,36 +24,25 @@ pub(crate) fn low_rank(
     let (a, b) = match (factors.a, factors.b) {
         (Some(a), Some(b)) => (a, b),
         (Some(_), None) => {
-            problems.push(AdapterProblem::MissingFactor {
-                present: names.0,
-                missing: names.1,
-            });
+            problems.push(AdapterProblem::MissingFactor { present: names.0, missing: names.1 });
             return None;
         }
         _ => {
-            problems.push(AdapterProblem::MissingFactor {
-                present: names.1,
-                missing: names.0,
-            });
+            problems.push(AdapterProblem::MissingFactor { present: names.1, missing: names.0 });
             return None;
         }
     };
     let before = problems.len();
-    for (factor, expected) in [
-        (&a, "A of a linear layer is rank × in"),
-        (&b, "B of a linear layer is out × rank"),
-    ] {
+    for (factor, expected) in
+        [(&a, "A of a linear layer is rank × in"), (&b, "B of a linear layer is out × rank")]
+    {
         let tensor = factor.name.clone();
         if !factor.dtype.is_merge_float() {
             let dtype = factor.dtype;
             problems.push(AdapterProblem::FactorDtype { tensor, dtype });
         } else if factor.shape.len() != 2 {
             let shape = Shape(factor.shape.clone());
-            problems.push(AdapterProblem::FactorShape {
-                tensor,
-                shape,
-                expected,
-            });
+            problems.push(AdapterProblem::FactorShape { tensor, shape, expected });
         }
     }
     if problems.len() > before {
@@ -67,11 +56,7 @@ pub(crate) fn low_rank(
         return None;
     }
     if !(1..=limits::RANK).contains(&rank) {
-        problems.push(AdapterProblem::RankRange {
-            module,
-            rank,
-            limit: limits::RANK,
-        });
+        problems.push(AdapterProblem::RankRange { module, rank, limit: limits::RANK });
         return None;
     }
     let low_rank = LowRank { a, b, scaling };
@@ -80,8 +65,5 @@ pub(crate) fn low_rank(
         problems.push(AdapterProblem::Scale { module, scale });
         return None;
     }
-    Some(Component {
-        target: Target::weight(module),
-        form: Form::LowRank(low_rank),
-    })
+    Some(Component { target: Target::weight(module), form: Form::LowRank(low_rank) })
 }

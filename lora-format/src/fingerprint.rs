@@ -101,18 +101,14 @@ pub fn sample(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
             _ => return None,
         })
     };
-    dtype
-        .is_merge_float()
-        .then(|| positions((bytes.len() / width) as u64).map(read).collect())?
+    dtype.is_merge_float().then(|| positions((bytes.len() / width) as u64).map(read).collect())?
 }
 
 impl TargetSamples {
     /// How many of these samples equal `other`'s, allowing for the coarser of the two dtypes.
     fn equal(&self, other: &TargetSamples) -> usize {
         let pairs = self.values.iter().zip(&other.values);
-        pairs
-            .filter(|&(&a, &b)| equal(a, self.dtype, b, other.dtype))
-            .count()
+        pairs.filter(|&(&a, &b)| equal(a, self.dtype, b, other.dtype)).count()
     }
 }
 
@@ -144,11 +140,7 @@ pub fn compare<'a>(
         let Some(found) = actual(expected) else {
             continue;
         };
-        let equal = if expected.shape == found.shape {
-            expected.equal(&found)
-        } else {
-            0
-        };
+        let equal = if expected.shape == found.shape { expected.equal(&found) } else { 0 };
         compared += expected.values.len();
         matching += equal;
         reencoded |= expected.dtype != found.dtype;
@@ -157,11 +149,7 @@ pub fn compare<'a>(
         }
     }
     match first {
-        Some(first) => Verdict::Different {
-            equal: matching,
-            compared,
-            first,
-        },
+        Some(first) => Verdict::Different { equal: matching, compared, first },
         None if compared == 0 => Verdict::Unknown,
         None if reencoded => Verdict::Reencoded,
         None => Verdict::Same,
@@ -179,9 +167,7 @@ mod tests {
             shape: vec![values.len()],
             values: values.to_vec(),
         };
-        Fingerprint {
-            targets: vec![target],
-        }
+        Fingerprint { targets: vec![target] }
     }
 
     fn verdict(recorded: &Fingerprint, actual: &Fingerprint) -> Verdict {
@@ -214,21 +200,11 @@ mod tests {
         assert_eq!(verdict(&original, &original), Verdict::Same);
 
         let rounded = exact.map(|value| bf16::from_f32(value).to_f32());
-        assert_eq!(
-            verdict(&original, &samples(Dtype::Bf16, &rounded)),
-            Verdict::Reencoded
-        );
-        assert_eq!(
-            verdict(&samples(Dtype::Bf16, &rounded), &original),
-            Verdict::Reencoded
-        );
+        assert_eq!(verdict(&original, &samples(Dtype::Bf16, &rounded)), Verdict::Reencoded);
+        assert_eq!(verdict(&samples(Dtype::Bf16, &rounded), &original), Verdict::Reencoded);
 
         let other = samples(Dtype::F32, &[0.1, -2.5, 3.26e-5]);
-        let expected = Verdict::Different {
-            equal: 2,
-            compared: 3,
-            first: "x.weight".into(),
-        };
+        let expected = Verdict::Different { equal: 2, compared: 3, first: "x.weight".into() };
         assert_eq!(verdict(&original, &other), expected);
 
         assert_eq!(compare(&original, |_| None), Verdict::Unknown);

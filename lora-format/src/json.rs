@@ -72,9 +72,7 @@ impl<'de> Visitor<'de> for StrictVisitor {
         while let Some(key) = access.next_key::<String>()? {
             let Strict(value) = access.next_value()?;
             if map.contains_key(&key) {
-                return Err(de::Error::custom(format_args!(
-                    "the key `{key}` appears twice"
-                )));
+                return Err(de::Error::custom(format_args!("the key `{key}` appears twice")));
             }
             map.insert(key, value);
         }
@@ -89,10 +87,7 @@ impl<'de> Visitor<'de> for StrictVisitor {
 pub fn parse(path: &Path, text: &[u8]) -> Result<Value> {
     serde_json::from_slice::<Strict>(text)
         .map(|strict| strict.0)
-        .map_err(|source| Error::Json {
-            path: path.to_owned(),
-            source,
-        })
+        .map_err(|source| Error::Json { path: path.to_owned(), source })
 }
 
 /// Reads a JSON document of at most `limit` bytes whose top level is an object.

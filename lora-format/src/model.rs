@@ -93,10 +93,7 @@ pub struct Target {
 impl Target {
     /// The `weight` of a module.
     pub fn weight(module: impl Into<String>) -> Target {
-        Target {
-            module: module.into(),
-            parameter: "weight".to_owned(),
-        }
+        Target { module: module.into(), parameter: "weight".to_owned() }
     }
 
     /// The parameter's full name: `model.layers.0.self_attn.q_proj.weight`.
@@ -178,13 +175,9 @@ impl ScalingRule {
 
     /// The rule of that name.
     pub fn from_name(name: &str) -> Option<ScalingRule> {
-        [
-            ScalingRule::AlphaOverRank,
-            ScalingRule::AlphaOverSqrtRank,
-            ScalingRule::Direct,
-        ]
-        .into_iter()
-        .find(|rule| rule.name() == name)
+        [ScalingRule::AlphaOverRank, ScalingRule::AlphaOverSqrtRank, ScalingRule::Direct]
+            .into_iter()
+            .find(|rule| rule.name() == name)
     }
 }
 
@@ -205,11 +198,7 @@ impl Scaling {
 #[allow(missing_docs, reason = "the Display text is the documentation")]
 pub enum Note {
     /// The configuration's rank is not the tensors' rank; the tensors' rank is used.
-    RankDiffers {
-        module: String,
-        configured: usize,
-        stored: usize,
-    },
+    RankDiffers { module: String, configured: usize, stored: usize },
     /// A pattern key matched no module.
     DeadPattern { field: &'static str, key: String },
     /// A configuration field was ignored on the user's word.
@@ -223,58 +212,41 @@ pub enum Note {
     /// A tensor is in a shard but not in the index.
     NotInIndex { tensor: String, shard: String },
     /// A stale copy: the index places the tensor in another shard.
-    StaleCopy {
-        tensor: String,
-        shard: String,
-        indexed: String,
-    },
+    StaleCopy { tensor: String, shard: String, indexed: String },
 }
 
 impl fmt::Display for Note {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Note::RankDiffers {
-                module,
-                configured,
-                stored,
-            } => write!(
+            Note::RankDiffers { module, configured, stored } => write!(
                 f,
                 "`{module}`: the configuration says rank {configured}, the tensors have rank \
                  {stored}; the scale uses {stored}"
             ),
             Note::DeadPattern { field, key } => {
-                write!(
-                    f,
-                    "{field}: the key {key:?} matches none of the adapter's modules"
-                )
+                write!(f, "{field}: the key {key:?} matches none of the adapter's modules")
             }
             Note::IgnoredField { field } => {
                 write!(f, "the configuration field `{field}` is ignored, as asked")
             }
-            Note::ConfigMissing { alpha } => {
-                write!(
-                    f,
-                    "no adapter_config.json: alpha {alpha} as given, scale alpha/rank"
-                )
+            Note::ContestedAlpha { module, alpha } => write!(
+                f,
+                "`{module}`: several alpha_pattern keys match with different values; alpha {alpha} \
+                 of the first is used, as PEFT does, but PEFT sorts the keys when it saves, so \
+                 training may have used another"
+            ),
+            Note::AlphaGiven { alpha } => {
+                write!(f, "the adapter records no alpha: {alpha} is used, as given")
             }
             Note::NotCarried { file } => {
-                write!(
-                    f,
-                    "{file} is not part of the adapter and is not carried along"
-                )
+                write!(f, "{file} is not part of the adapter and is not carried along")
             }
-            Note::NotInIndex { tensor, shard } => write!(
-                f,
-                "`{tensor}` is in {shard} but not in the index; it is copied and indexed"
-            ),
-            Note::StaleCopy {
-                tensor,
-                shard,
-                indexed,
-            } => write!(
-                f,
-                "`{tensor}` in {shard} is dropped: the index places it in {indexed}"
-            ),
+            Note::NotInIndex { tensor, shard } => {
+                write!(f, "`{tensor}` is in {shard} but not in the index; it is copied and indexed")
+            }
+            Note::StaleCopy { tensor, shard, indexed } => {
+                write!(f, "`{tensor}` in {shard} is dropped: the index places it in {indexed}")
+            }
         }
     }
 }

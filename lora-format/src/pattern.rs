@@ -89,15 +89,8 @@ impl PatternTable {
 
     fn insert(&mut self, key: &str, value: f64) -> Result<()> {
         let index = self.entries.len();
-        self.entries.push(Entry {
-            key: key.to_owned(),
-            value,
-            used: false,
-        });
-        if key
-            .bytes()
-            .all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte))
-        {
+        self.entries.push(Entry { key: key.to_owned(), value, used: false });
+        if key.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte)) {
             self.literals.entry(key.len()).or_default().push(index);
             return Ok(());
         }
@@ -144,10 +137,7 @@ impl PatternTable {
                 return Err(self.refuse(*index, "the patterns take too many steps"));
             };
             self.budget = left;
-            if regex
-                .is_match(module)
-                .map_err(|_| self.refuse(*index, "it backtracks too far"))?
-            {
+            if regex.is_match(module).map_err(|_| self.refuse(*index, "it backtracks too far"))? {
                 matching.push(*index);
             }
         }
@@ -155,9 +145,7 @@ impl PatternTable {
             return Ok(None);
         };
         let value = self.entries[first].value;
-        let contested = matching
-            .iter()
-            .any(|&index| self.entries[index].value != value);
+        let contested = matching.iter().any(|&index| self.entries[index].value != value);
         for index in matching {
             self.entries[index].used = true;
         }
@@ -169,24 +157,20 @@ impl PatternTable {
         let name = module.as_bytes();
         let starts = (0..name.len()).filter(|&at| at == 0 || name[at - 1] == b'.');
         starts
-            .filter_map(|at| {
+            .flat_map(|at| {
                 let suffix = &name[at..];
-                let keys = self.literals.get(&suffix.len())?;
-                keys.iter().copied().find(|&index| {
+                let keys = self.literals.get(&suffix.len()).map_or(&[][..], Vec::as_slice);
+                keys.iter().copied().filter(move |&index| {
                     let key = self.entries[index].key.bytes();
-                    key.zip(suffix)
-                        .all(|(key, &byte)| key == b'.' || key == byte)
+                    key.zip(suffix).all(|(key, &byte)| key == b'.' || key == byte)
                 })
             })
-            .min()
+            .collect()
     }
 
     /// The keys that have matched nothing so far.
     pub fn dead_keys(&self) -> impl Iterator<Item = &str> {
-        self.entries
-            .iter()
-            .filter(|entry| !entry.used)
-            .map(|entry| entry.key.as_str())
+        self.entries.iter().filter(|entry| !entry.used).map(|entry| entry.key.as_str())
     }
 }
 
@@ -255,11 +239,7 @@ mod tests {
     use serde_json::json;
 
     fn table(value: Value) -> Result<PatternTable> {
-        PatternTable::compile(
-            Path::new("adapter_config.json"),
-            "rank_pattern",
-            Some(&value),
-        )
+        PatternTable::compile(Path::new("adapter_config.json"), "rank_pattern", Some(&value))
     }
 
     const MODULE: &str = "model.layers.1.self_attn.q_proj";
@@ -294,12 +274,7 @@ mod tests {
 
     #[test]
     fn the_first_key_wins_whatever_its_kind() {
-        let contested = |value| {
-            Some(PatternMatch {
-                value,
-                contested: true,
-            })
-        };
+        let contested = |value| Some(PatternMatch { value, contested: true });
         let mut patterns = table(json!({".*q_proj": 1, "q_proj": 2, "k_proj": 3})).unwrap();
         assert_eq!(patterns.lookup(MODULE).unwrap(), contested(1.0));
         assert_eq!(patterns.dead_keys().collect::<Vec<_>>(), ["k_proj"]);

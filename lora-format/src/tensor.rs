@@ -22,10 +22,7 @@ pub struct Tensor {
 
 #[derive(Clone, Debug)]
 enum Data {
-    Mapped {
-        mapping: Arc<Mapping>,
-        range: Range<usize>,
-    },
+    Mapped { mapping: Arc<Mapping>, range: Range<usize> },
     Owned(Arc<[u8]>),
 }
 
@@ -58,20 +55,14 @@ impl Tensor {
     /// The elements as `f32`, exactly; `None` unless stored as F32, F16 or BF16.
     pub fn to_f32(&self) -> Option<Vec<f32>> {
         let bytes = self.bytes();
-        let pairs = bytes
-            .chunks_exact(2)
-            .map(|pair| u16::from_le_bytes([pair[0], pair[1]]));
+        let pairs = bytes.chunks_exact(2).map(|pair| u16::from_le_bytes([pair[0], pair[1]]));
         Some(match self.dtype {
             Dtype::F32 => bytes
                 .chunks_exact(4)
                 .map(|word| f32::from_le_bytes([word[0], word[1], word[2], word[3]]))
                 .collect(),
-            Dtype::F16 => pairs
-                .map(|bits| half::f16::from_bits(bits).to_f32())
-                .collect(),
-            Dtype::Bf16 => pairs
-                .map(|bits| half::bf16::from_bits(bits).to_f32())
-                .collect(),
+            Dtype::F16 => pairs.map(|bits| half::f16::from_bits(bits).to_f32()).collect(),
+            Dtype::Bf16 => pairs.map(|bits| half::bf16::from_bits(bits).to_f32()).collect(),
             _ => return None,
         })
     }

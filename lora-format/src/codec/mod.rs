@@ -26,10 +26,7 @@ pub struct ReadOptions {
 /// # Errors
 /// [`Error::Unrecognised`] if it is none, and what the format's codec finds wrong.
 pub fn read(path: &Path, options: &ReadOptions) -> Result<Adapter> {
-    let unrecognised = |problem| Error::Unrecognised {
-        path: path.to_owned(),
-        problem,
-    };
+    let unrecognised = |problem| Error::Unrecognised { path: path.to_owned(), problem };
     let Ok(metadata) = std::fs::metadata(path) else {
         return Err(unrecognised(DetectProblem::NotFound));
     };
@@ -53,19 +50,10 @@ pub fn read(path: &Path, options: &ReadOptions) -> Result<Adapter> {
 
 /// Opens a safetensors file, and says of a file that is plainly something else what it is.
 pub(crate) fn open_safetensors(path: &Path) -> Result<SafetensorsFile> {
-    let suffix = path
-        .extension()
-        .unwrap_or_default()
-        .to_string_lossy()
-        .to_ascii_lowercase();
+    let suffix = path.extension().unwrap_or_default().to_string_lossy().to_ascii_lowercase();
     if ["bin", "pt", "pth", "ckpt", "gguf", "npz"].contains(&suffix.as_str()) {
-        let problem = DetectProblem::OtherContainer {
-            suffix: format!(".{suffix}"),
-        };
-        return Err(Error::Unrecognised {
-            path: path.to_owned(),
-            problem,
-        });
+        let problem = DetectProblem::OtherContainer { suffix: format!(".{suffix}") };
+        return Err(Error::Unrecognised { path: path.to_owned(), problem });
     }
     SafetensorsFile::open(path)
 }

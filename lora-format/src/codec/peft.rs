@@ -51,10 +51,7 @@ pub(super) fn config_beside(path: &Path) -> Option<PathBuf> {
 
 /// Reads a PEFT directory.
 pub(super) fn read_directory(path: &Path, options: &ReadOptions) -> Result<Adapter> {
-    let unrecognised = |problem| Error::Unrecognised {
-        path: path.to_owned(),
-        problem,
-    };
+    let unrecognised = |problem| Error::Unrecognised { path: path.to_owned(), problem };
     let Some(model) = existing(path, MODEL_FILE) else {
         let pickle = existing(path, "adapter_model.bin");
         // Without tensors, the configuration alone may say that this is no LoRA at all.
@@ -63,9 +60,7 @@ pub(super) fn read_directory(path: &Path, options: &ReadOptions) -> Result<Adapt
             check_fields(path, &config, options, &mut Vec::new())?;
         }
         return Err(unrecognised(match pickle {
-            Some(_) => DetectProblem::PickleOnly {
-                file: "adapter_model.bin".to_owned(),
-            },
+            Some(_) => DetectProblem::PickleOnly { file: "adapter_model.bin".to_owned() },
             None => DetectProblem::NoAdapter,
         }));
     };
@@ -87,28 +82,17 @@ pub(super) fn read_file(
         Some(config) => json::read_object(config, limits::CONFIG_BYTES)?,
         None => Map::new(),
     };
-    let source = config.map(|_| SourceConfig {
-        format: AdapterFormat::Peft,
-        config: fields.clone(),
-    });
+    let source =
+        config.map(|_| SourceConfig { format: AdapterFormat::Peft, config: fields.clone() });
     if let Some(alpha) = options.alpha {
         if let Some(recorded) = fields.get("lora_alpha") {
             let expected = "absent when an alpha is given by hand";
-            return Err(Error::config(
-                config.unwrap_or(path),
-                "lora_alpha",
-                expected,
-                recorded,
-            ));
+            return Err(Error::config(config.unwrap_or(path), "lora_alpha", expected, recorded));
         }
-        notes.push(Note::AlphaGiven {
-            alpha: alpha.to_string(),
-        });
+        notes.push(Note::AlphaGiven { alpha: alpha.to_string() });
         fields.insert("lora_alpha".to_owned(), json!(alpha));
     } else if config.is_none() {
-        return Err(Error::AlphaUnknown {
-            path: path.to_owned(),
-        });
+        return Err(Error::AlphaUnknown { path: path.to_owned() });
     }
     if config.is_none() {
         fields.insert("peft_type".to_owned(), json!("LORA"));
@@ -127,19 +111,8 @@ pub(super) fn read_file(
             fingerprint: None,
         },
         fan_in_fan_out: fields.get("fan_in_fan_out").and_then(Value::as_bool),
-        metadata: file
-            .header()
-            .metadata
-            .iter()
-            .filter(|e| e.0 != "format")
-            .cloned()
-            .collect(),
-        source: config
-            .filter(|_| options.alpha.is_none())
-            .map(|_| SourceConfig {
-                format: AdapterFormat::Peft,
-                config: fields,
-            }),
+        metadata: file.header().metadata.iter().filter(|e| e.0 != "format").cloned().collect(),
+        source: source.filter(|_| options.alpha.is_none()),
         extensions: Map::new(),
         notes,
     })
@@ -155,19 +128,12 @@ fn read_components(
     let mut problems = Vec::new();
     let mut unsupported: BTreeMap<&str, Vec<String>> = BTreeMap::new();
     for tensor in tensor::map_all(file)? {
-        let name = tensor
-            .name
-            .strip_prefix(PREFIX)
-            .unwrap_or(&tensor.name)
-            .to_owned();
+        let name = tensor.name.strip_prefix(PREFIX).unwrap_or(&tensor.name).to_owned();
         let (module, is_a) = match (name.strip_suffix(A_SUFFIX), name.strip_suffix(B_SUFFIX)) {
             (Some(module), _) => (module, true),
             (_, Some(module)) => (module, false),
             _ => {
-                unsupported
-                    .entry(explain_tensor(&name))
-                    .or_default()
-                    .push(tensor.name);
+                unsupported.entry(explain_tensor(&name)).or_default().push(tensor.name);
                 continue;
             }
         };
@@ -176,29 +142,18 @@ fn read_components(
             continue;
         }
         if (3..=5).contains(&tensor.shape.len()) {
-            unsupported
-                .entry(CONVOLUTION)
-                .or_default()
-                .push(tensor.name);
+            unsupported.entry(CONVOLUTION).or_default().push(tensor.name);
             continue;
         }
         let factors = modules.entry(module.to_owned()).or_default();
         let slot = if is_a { &mut factors.a } else { &mut factors.b };
         if let Some(first) = slot.replace(tensor) {
-            let second = slot
-                .as_ref()
-                .map(|tensor| tensor.name.clone())
-                .unwrap_or_default();
-            problems.push(AdapterProblem::DuplicateFactor {
-                first: first.name,
-                second,
-            });
+            let second = slot.as_ref().map(|tensor| tensor.name.clone()).unwrap_or_default();
+            problems.push(AdapterProblem::DuplicateFactor { first: first.name, second });
         }
     }
     if !unsupported.is_empty() {
-        let features = unsupported
-            .into_iter()
-            .map(|(reason, tensors)| summarise(reason, &tensors));
+        let features = unsupported.into_iter().map(|(reason, tensors)| summarise(reason, &tensors));
         return Err(Error::Unsupported {
             path: file.path().to_owned(),
             features: features.collect(),
@@ -208,29 +163,29 @@ fn read_components(
     let mut scaling = ScalingTable::new(config_path, fields)?;
     let mut components = Vec::with_capacity(modules.len());
     for (module, factors) in modules {
-        let names = (
-            format!("{PREFIX}{module}{A_SUFFIX}"),
-            format!("{PREFIX}{module}{B_SUFFIX}"),
-        );
-        let (configured, scaling) = scaling.of(&module)?;
-        let built = factors::low_rank(&module, factors, names, scaling, &mut problems);
+        let names = (format!("{PREFIX}{module}{A_SUFFIX}"), format!("{PREFIX}{module}{B_SUFFIX}"));
+        let configured = scaling.of(&module)?;
+        let built = factors::low_rank(&module, factors, names, configured.scaling, &mut problems);
         let Some(component) = built else { continue };
         let Form::LowRank(low_rank) = &component.form;
         let stored = low_rank.rank();
-        if let Some(configured) = configured.filter(|&configured| configured != stored) {
-            notes.push(Note::RankDiffers {
-                module,
-                configured,
-                stored,
-            });
+        match configured.rank.filter(|&rank| rank != stored) {
+            // The tensors show that the keys are no longer in the order of training, so which
+            // alpha was trained with cannot be known.
+            Some(_) if configured.alpha_contested => {
+                problems.push(AdapterProblem::PatternOrder { module });
+            }
+            Some(configured) => notes.push(Note::RankDiffers { module, configured, stored }),
+            None if configured.alpha_contested => {
+                let alpha = configured.scaling.alpha.to_string();
+                notes.push(Note::ContestedAlpha { module, alpha });
+            }
+            None => {}
         }
         components.push(component);
     }
     if !problems.is_empty() {
-        return Err(Error::Adapter {
-            path: file.path().to_owned(),
-            problems,
-        });
+        return Err(Error::Adapter { path: file.path().to_owned(), problems });
     }
     notes.extend(scaling.dead_patterns());
     Ok(components)
@@ -281,35 +236,20 @@ impl ScalingTable {
         })
     }
 
-    fn of(&mut self, module: &str) -> Result<(Option<usize>, Scaling)> {
-        let rank = self
-            .ranks
-            .lookup(module)?
-            .map(|rank| rank as usize)
-            .or(self.rank);
-        let alpha = self.alphas.lookup(module)?.unwrap_or(self.alpha);
-        Ok((
-            rank,
-            Scaling {
-                alpha,
-                rule: self.rule,
-            },
-        ))
+    fn of(&mut self, module: &str) -> Result<Configured> {
+        let rank = self.ranks.lookup(module)?.map(|found| found.value as usize).or(self.rank);
+        let alpha = self.alphas.lookup(module)?;
+        let contested = alpha.is_some_and(|found| found.contested);
+        let alpha = alpha.map_or(self.alpha, |found| found.value);
+        let scaling = Scaling { alpha, rule: self.rule };
+        Ok(Configured { rank, scaling, alpha_contested: contested })
     }
 
     fn dead_patterns(&self) -> impl Iterator<Item = Note> {
         let dead = |table: &PatternTable, field| -> Vec<Note> {
-            table
-                .dead_keys()
-                .map(|key| Note::DeadPattern {
-                    field,
-                    key: key.to_owned(),
-                })
-                .collect()
+            table.dead_keys().map(|key| Note::DeadPattern { field, key: key.to_owned() }).collect()
         };
-        dead(&self.ranks, "rank_pattern")
-            .into_iter()
-            .chain(dead(&self.alphas, "alpha_pattern"))
+        dead(&self.ranks, "rank_pattern").into_iter().chain(dead(&self.alphas, "alpha_pattern"))
     }
 }
 
@@ -371,15 +311,10 @@ fn check_fields(
             }
             if let Some(reason) = explain_field(field, value) {
                 if options.ignore_fields.contains(field) {
-                    notes.push(Note::IgnoredField {
-                        field: field.clone(),
-                    });
+                    notes.push(Note::IgnoredField { field: field.clone() });
                 } else {
                     let feature = format!("`{field}`: {}", json::brief(value));
-                    features.push(Unsupported {
-                        feature,
-                        reason: reason.to_owned(),
-                    });
+                    features.push(Unsupported { feature, reason: reason.to_owned() });
                 }
             }
         }
@@ -387,10 +322,7 @@ fn check_fields(
     if features.is_empty() {
         return Ok(());
     }
-    Err(Error::Unsupported {
-        path: path.to_owned(),
-        features,
-    })
+    Err(Error::Unsupported { path: path.to_owned(), features })
 }
 
 /// Configurations of methods that need more than A and B: passive only while empty.
@@ -483,11 +415,7 @@ fn explain_tensor(name: &str) -> &'static str {
     let holds = |parts: &[&str]| parts.iter().any(|part| name.contains(part));
     if ends(&[".lora_embedding_A", ".lora_embedding_B"]) {
         "LoRA on an embedding: not implemented yet"
-    } else if ends(&[
-        ".lora_magnitude_vector",
-        ".lora_magnitude_vector.weight",
-        ".dora_scale",
-    ]) {
+    } else if ends(&[".lora_magnitude_vector", ".lora_magnitude_vector.weight", ".dora_scale"]) {
         "DoRA's magnitude: not implemented yet"
     } else if ends(&[".lora_B.bias"]) {
         "a bias on B (lora_bias): not implemented yet"
@@ -498,9 +426,7 @@ fn explain_tensor(name: &str) -> &'static str {
          save_pretrained"
     } else if holds(&["lora_diag", "lora_velora", "lora_monteclora"]) {
         "a variant with more than two factors: not implemented yet"
-    } else if holds(&[
-        "hada_", "lokr_", "ia3_", "oft_", "boft_", "vera_", "hra_", "miss_",
-    ]) {
+    } else if holds(&["hada_", "lokr_", "ia3_", "oft_", "boft_", "vera_", "hra_", "miss_"]) {
         "a method other than LoRA: not implemented yet"
     } else if ends(&[".bias"]) {
         "a trained bias: not implemented yet"
@@ -515,10 +441,7 @@ fn summarise(reason: &str, tensors: &[String]) -> Unsupported {
         [first, .., last] => format!("{} tensors, `{first}` to `{last}`", tensors.len()),
         [] => String::new(),
     };
-    Unsupported {
-        feature,
-        reason: reason.to_owned(),
-    }
+    Unsupported { feature, reason: reason.to_owned() }
 }
 
 /// The format that a native file's `source` names.
@@ -526,12 +449,7 @@ pub(crate) fn format_named(path: &Path, name: &str) -> Result<AdapterFormat> {
     if name == AdapterFormat::Peft.name() {
         return Ok(AdapterFormat::Peft);
     }
-    Err(Error::config(
-        path,
-        "source.format",
-        "`peft`",
-        &Value::from(name),
-    ))
+    Err(Error::config(path, "source.format", "`peft`", &Value::from(name)))
 }
 
 /// Writes an adapter as a new PEFT directory. The factors keep their bits; the configuration is
@@ -550,10 +468,8 @@ pub fn write_directory(
         Some(source) if source.format == AdapterFormat::Peft => source.config.clone(),
         _ => describe(adapter)?,
     };
-    let mut text = serde_json::to_string_pretty(&config).map_err(|source| Error::Json {
-        path: destination.to_owned(),
-        source,
-    })?;
+    let mut text = serde_json::to_string_pretty(&config)
+        .map_err(|source| Error::Json { path: destination.to_owned(), source })?;
     text.push('\n');
 
     let mut tensors = Vec::with_capacity(adapter.components.len() * 2);
@@ -580,12 +496,7 @@ pub fn write_directory(
     let staging = atomic::StagedDirectory::create(destination, overwrite)?;
     let inside = |name| staging.path().join(name);
     atomic::write(&inside(MODEL_FILE), &parts, Overwrite::Never, durability)?;
-    atomic::write(
-        &inside(CONFIG_FILE),
-        &[text.as_bytes()],
-        Overwrite::Never,
-        durability,
-    )?;
+    atomic::write(&inside(CONFIG_FILE), &[text.as_bytes()], Overwrite::Never, durability)?;
     staging.commit(durability)
 }
 
@@ -608,11 +519,7 @@ fn describe(adapter: &Adapter) -> Result<Map<String, Value>> {
         _ => low_rank.scale() * low_rank.rank() as f64,
     };
     let rank = commonest(factors.iter().map(|(_, low_rank)| low_rank.rank() as u64));
-    let default_alpha = commonest(
-        factors
-            .iter()
-            .map(|(_, low_rank)| alpha(low_rank).to_bits()),
-    );
+    let default_alpha = commonest(factors.iter().map(|(_, low_rank)| alpha(low_rank).to_bits()));
     let (Some(rank), Some(default_alpha)) = (rank, default_alpha.map(f64::from_bits)) else {
         return Err(Error::Inexpressible {
             path: adapter.path.clone(),
@@ -632,10 +539,7 @@ fn describe(adapter: &Adapter) -> Result<Map<String, Value>> {
             alpha_pattern.insert(key, json!(alpha(low_rank)));
         }
     }
-    let modules: Vec<&str> = factors
-        .iter()
-        .map(|(c, _)| c.target.module.as_str())
-        .collect();
+    let modules: Vec<&str> = factors.iter().map(|(c, _)| c.target.module.as_str()).collect();
     let config = json!({
         "alpha_pattern": alpha_pattern,
         "base_model_name_or_path": adapter.base.name,
@@ -665,10 +569,7 @@ fn commonest(values: impl Iterator<Item = u64>) -> Option<u64> {
         *counts.entry(value).or_default() += 1;
     }
     let most = counts.values().copied().max()?;
-    counts
-        .into_iter()
-        .find(|entry| entry.1 == most)
-        .map(|entry| entry.0)
+    counts.into_iter().find(|entry| entry.1 == most).map(|entry| entry.0)
 }
 
 /// Files of a PEFT directory that are not part of the adapter.
@@ -678,11 +579,7 @@ fn commonest(values: impl Iterator<Item = u64>) -> Option<u64> {
 pub fn other_files(directory: &Path) -> Result<Vec<String>> {
     let mut names = Vec::new();
     for entry in std::fs::read_dir(directory).at(directory, "list")? {
-        let name = entry
-            .at(directory, "list")?
-            .file_name()
-            .to_string_lossy()
-            .into_owned();
+        let name = entry.at(directory, "list")?.file_name().to_string_lossy().into_owned();
         if name != CONFIG_FILE && name != MODEL_FILE {
             names.push(name);
         }

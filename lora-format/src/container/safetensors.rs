@@ -49,10 +49,7 @@ impl TensorInfo {
 
     /// Its number of elements.
     pub fn elements(&self) -> u64 {
-        self.shape
-            .iter()
-            .map(|&dimension| dimension as u64)
-            .product()
+        self.shape.iter().map(|&dimension| dimension as u64).product()
     }
 }
 
@@ -75,10 +72,7 @@ impl Header {
     /// # Errors
     /// [`Error::Io`], or [`Error::Header`] with the rule that is broken.
     pub fn read(path: &Path, file: &mut File, file_bytes: u64) -> Result<Header> {
-        let invalid = |problem| Error::Header {
-            path: path.to_owned(),
-            problem,
-        };
+        let invalid = |problem| Error::Header { path: path.to_owned(), problem };
         if file_bytes < 8 {
             return Err(invalid(HeaderProblem::TooShort { file_bytes }));
         }
@@ -87,16 +81,10 @@ impl Header {
         let header_bytes = u64::from_le_bytes(length);
         if header_bytes > limits::HEADER_BYTES {
             let limit = limits::HEADER_BYTES;
-            return Err(invalid(HeaderProblem::HeaderTooLong {
-                header_bytes,
-                limit,
-            }));
+            return Err(invalid(HeaderProblem::HeaderTooLong { header_bytes, limit }));
         }
         if header_bytes > file_bytes - 8 {
-            return Err(invalid(HeaderProblem::HeaderBeyondFile {
-                header_bytes,
-                file_bytes,
-            }));
+            return Err(invalid(HeaderProblem::HeaderBeyondFile { header_bytes, file_bytes }));
         }
         let mut text = vec![0; header_bytes as usize];
         file.read_exact(&mut text).at(path, "read")?;
@@ -111,12 +99,10 @@ impl Header {
         if text.first() != Some(&b'{') {
             return Err(HeaderProblem::NotAnObject);
         }
-        let utf8 = std::str::from_utf8(text).map_err(|error| HeaderProblem::NotUtf8 {
-            at: error.valid_up_to(),
-        })?;
-        let raw: RawHeader = serde_json::from_str(utf8).map_err(|error| HeaderProblem::Json {
-            message: error.to_string(),
-        })?;
+        let utf8 = std::str::from_utf8(text)
+            .map_err(|error| HeaderProblem::NotUtf8 { at: error.valid_up_to() })?;
+        let raw: RawHeader = serde_json::from_str(utf8)
+            .map_err(|error| HeaderProblem::Json { message: error.to_string() })?;
         if raw.metadata_maps > 1 {
             return Err(HeaderProblem::DuplicateMetadata);
         }
@@ -129,12 +115,7 @@ impl Header {
         tensors.sort_by(|a, b| (a.start, a.end, &a.name).cmp(&(b.start, b.end, &b.name)));
         let by_name = index_by_name(&tensors)?;
         check_contiguous(&tensors, data_bytes)?;
-        Ok(Header {
-            metadata,
-            tensors,
-            data_start: 8 + text.len() as u64,
-            by_name,
-        })
+        Ok(Header { metadata, tensors, data_start: 8 + text.len() as u64, by_name })
     }
 
     /// The position in [`Header::tensors`] of the tensor called `name`.
@@ -152,10 +133,7 @@ impl Header {
 
     /// The metadata value under `key`.
     pub fn metadata_value(&self, key: &str) -> Option<&str> {
-        self.metadata
-            .iter()
-            .find(|entry| entry.0 == key)
-            .map(|entry| entry.1.as_str())
+        self.metadata.iter().find(|entry| entry.0 == key).map(|entry| entry.1.as_str())
     }
 }
 
@@ -171,9 +149,7 @@ fn check_metadata(metadata: Vec<(String, String)>) -> Result<Vec<(String, String
     let mut keys: Vec<&str> = metadata.iter().map(|entry| entry.0.as_str()).collect();
     keys.sort_unstable();
     if let Some(pair) = keys.windows(2).find(|pair| pair[0] == pair[1]) {
-        return Err(HeaderProblem::DuplicateMetadataKey {
-            key: pair[0].to_owned(),
-        });
+        return Err(HeaderProblem::DuplicateMetadataKey { key: pair[0].to_owned() });
     }
     Ok(metadata)
 }
@@ -184,56 +160,26 @@ fn check_tensor(
     data_bytes: u64,
 ) -> Result<TensorInfo, HeaderProblem> {
     within("bytes in a tensor name", name.len(), limits::NAME_BYTES)?;
-    within(
-        "dimensions of a tensor",
-        raw.shape.len(),
-        limits::DIMENSIONS,
-    )?;
+    within("dimensions of a tensor", raw.shape.len(), limits::DIMENSIONS)?;
     let (start, end) = raw.data_offsets;
     let Ok(dtype) = raw.dtype.parse::<Dtype>() else {
-        return Err(HeaderProblem::UnknownDtype {
-            tensor: name,
-            dtype: raw.dtype,
-        });
+        return Err(HeaderProblem::UnknownDtype { tensor: name, dtype: raw.dtype });
     };
     let shape = Shape(raw.shape);
     let Some(expected) = dtype.tensor_bytes(&shape.0) else {
-        return Err(HeaderProblem::ShapeOverflow {
-            tensor: name,
-            shape,
-        });
+        return Err(HeaderProblem::ShapeOverflow { tensor: name, shape });
     };
     if start > end {
-        return Err(HeaderProblem::OffsetsReversed {
-            tensor: name,
-            start,
-            end,
-        });
+        return Err(HeaderProblem::OffsetsReversed { tensor: name, start, end });
     }
     if end > data_bytes {
-        return Err(HeaderProblem::OutOfRange {
-            tensor: name,
-            end,
-            data_bytes,
-        });
+        return Err(HeaderProblem::OutOfRange { tensor: name, end, data_bytes });
     }
     if end - start != expected {
         let found = end - start;
-        return Err(HeaderProblem::SizeMismatch {
-            tensor: name,
-            dtype,
-            shape,
-            expected,
-            found,
-        });
+        return Err(HeaderProblem::SizeMismatch { tensor: name, dtype, shape, expected, found });
     }
-    Ok(TensorInfo {
-        name,
-        dtype,
-        shape: shape.0,
-        start,
-        end,
-    })
+    Ok(TensorInfo { name, dtype, shape: shape.0, start, end })
 }
 
 fn index_by_name(tensors: &[TensorInfo]) -> Result<Vec<u32>, HeaderProblem> {
@@ -242,9 +188,7 @@ fn index_by_name(tensors: &[TensorInfo]) -> Result<Vec<u32>, HeaderProblem> {
     for pair in by_name.windows(2) {
         let (first, second) = (&tensors[pair[0] as usize], &tensors[pair[1] as usize]);
         if first.name == second.name {
-            return Err(HeaderProblem::DuplicateTensor {
-                tensor: first.name.clone(),
-            });
+            return Err(HeaderProblem::DuplicateTensor { tensor: first.name.clone() });
         }
     }
     Ok(by_name)
@@ -256,24 +200,16 @@ fn check_contiguous(tensors: &[TensorInfo], data_bytes: u64) -> Result<(), Heade
     for (index, tensor) in tensors.iter().enumerate() {
         if tensor.start < covered {
             let first = tensors[index - 1].name.clone();
-            return Err(HeaderProblem::Overlap {
-                first,
-                second: tensor.name.clone(),
-            });
+            return Err(HeaderProblem::Overlap { first, second: tensor.name.clone() });
         }
         if tensor.start > covered {
             let bytes = tensor.start - covered;
-            return Err(HeaderProblem::Hole {
-                tensor: tensor.name.clone(),
-                bytes,
-            });
+            return Err(HeaderProblem::Hole { tensor: tensor.name.clone(), bytes });
         }
         covered = tensor.end;
     }
     if covered < data_bytes {
-        return Err(HeaderProblem::TrailingBytes {
-            bytes: data_bytes - covered,
-        });
+        return Err(HeaderProblem::TrailingBytes { bytes: data_bytes - covered });
     }
     Ok(())
 }
@@ -308,17 +244,11 @@ impl<'de> Visitor<'de> for RawHeaderVisitor {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut access: A) -> Result<RawHeader, A::Error> {
-        let mut header = RawHeader {
-            metadata_maps: 0,
-            metadata: Vec::new(),
-            tensors: Vec::new(),
-        };
+        let mut header = RawHeader { metadata_maps: 0, metadata: Vec::new(), tensors: Vec::new() };
         while let Some(key) = access.next_key::<String>()? {
             if key == METADATA {
                 header.metadata_maps += 1;
-                header
-                    .metadata
-                    .extend(access.next_value::<StringPairs>()?.0);
+                header.metadata.extend(access.next_value::<StringPairs>()?.0);
             } else {
                 let tensor = access
                     .next_value()

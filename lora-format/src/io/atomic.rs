@@ -43,10 +43,7 @@ impl AtomicFile {
     pub fn create(destination: &Path, overwrite: Overwrite) -> Result<AtomicFile> {
         refuse_existing(destination, overwrite)?;
         let directory = parent_of(destination);
-        let name = destination
-            .file_name()
-            .unwrap_or_default()
-            .to_string_lossy();
+        let name = destination.file_name().unwrap_or_default().to_string_lossy();
         let mut builder = tempfile::Builder::new();
         // A name that no model glob matches: tools that look for `*.safetensors` must not see it.
         let prefix = format!(".{name}.");
@@ -57,14 +54,8 @@ impl AtomicFile {
             // Temporary files default to 0600; the umask still applies to this.
             builder.permissions(std::fs::Permissions::from_mode(0o666));
         }
-        let temporary = builder
-            .tempfile_in(directory)
-            .at(directory, "create a file in")?;
-        Ok(AtomicFile {
-            temporary,
-            destination: destination.to_owned(),
-            overwrite,
-        })
+        let temporary = builder.tempfile_in(directory).at(directory, "create a file in")?;
+        Ok(AtomicFile { temporary, destination: destination.to_owned(), overwrite })
     }
 
     /// The open temporary file.
@@ -83,16 +74,9 @@ impl AtomicFile {
     /// [`Error::OutputExists`] if another process made the destination meanwhile, or
     /// [`Error::Io`]; in both cases the temporary file is removed.
     pub fn commit(self, durability: Durability) -> Result<()> {
-        let AtomicFile {
-            temporary,
-            destination,
-            overwrite,
-        } = self;
+        let AtomicFile { temporary, destination, overwrite } = self;
         if durability == Durability::Fsync {
-            temporary
-                .as_file()
-                .sync_all()
-                .at(&destination, "sync to disk")?;
+            temporary.as_file().sync_all().at(&destination, "sync to disk")?;
         }
         let renamed = match overwrite {
             Overwrite::Never => temporary.persist_noclobber(&destination),
@@ -128,10 +112,7 @@ impl StagedDirectory {
     pub fn create(destination: &Path, overwrite: Overwrite) -> Result<StagedDirectory> {
         refuse_existing(destination, overwrite)?;
         let parent = parent_of(destination);
-        let name = destination
-            .file_name()
-            .unwrap_or_default()
-            .to_string_lossy();
+        let name = destination.file_name().unwrap_or_default().to_string_lossy();
         let mut builder = tempfile::Builder::new();
         let prefix = format!(".{name}.");
         builder.prefix(&prefix).suffix(".partial");
@@ -140,14 +121,8 @@ impl StagedDirectory {
             use std::os::unix::fs::PermissionsExt;
             builder.permissions(std::fs::Permissions::from_mode(0o777));
         }
-        let temporary = builder
-            .tempdir_in(parent)
-            .at(parent, "create a directory in")?;
-        Ok(StagedDirectory {
-            temporary,
-            destination: destination.to_owned(),
-            overwrite,
-        })
+        let temporary = builder.tempdir_in(parent).at(parent, "create a directory in")?;
+        Ok(StagedDirectory { temporary, destination: destination.to_owned(), overwrite })
     }
 
     /// Where to put the files.
@@ -161,11 +136,7 @@ impl StagedDirectory {
     /// # Errors
     /// [`Error::OutputExists`] if something took the name meanwhile, or [`Error::Io`].
     pub fn commit(self, durability: Durability) -> Result<()> {
-        let StagedDirectory {
-            temporary,
-            destination,
-            overwrite,
-        } = self;
+        let StagedDirectory { temporary, destination, overwrite } = self;
         if durability == Durability::Fsync {
             sync_directory(temporary.path())?;
         }
@@ -233,9 +204,7 @@ pub fn write(
 pub fn refuse_existing(destination: &Path, overwrite: Overwrite) -> Result<()> {
     // `symlink_metadata`: a dangling link is in the way too.
     if overwrite == Overwrite::Never && destination.symlink_metadata().is_ok() {
-        return Err(Error::OutputExists {
-            path: destination.to_owned(),
-        });
+        return Err(Error::OutputExists { path: destination.to_owned() });
     }
     Ok(())
 }
@@ -254,9 +223,7 @@ pub fn parent_of(path: &Path) -> &Path {
 /// [`Error::Io`].
 pub fn sync_directory(directory: &Path) -> Result<()> {
     #[cfg(unix)]
-    File::open(directory)
-        .and_then(|handle| handle.sync_all())
-        .at(directory, "sync to disk")?;
+    File::open(directory).and_then(|handle| handle.sync_all()).at(directory, "sync to disk")?;
     #[cfg(not(unix))]
     let _ = directory;
     Ok(())

@@ -6,10 +6,7 @@
 //! promise that every program which maps its input makes: model files are replaced by rename,
 //! not rewritten in place. No reference into a mapping is ever handed out as anything but bytes,
 //! so that changed contents can give wrong numbers but not invalid values.
-#![expect(
-    unsafe_code,
-    reason = "mapping a file is a promise about the world, not about types"
-)]
+#![expect(unsafe_code, reason = "mapping a file is a promise about the world, not about types")]
 
 use std::fs::File;
 use std::io;
@@ -66,11 +63,8 @@ impl Mapping {
         if let Some(map) = &self.0 {
             let end = range.end.min(map.len());
             if range.start < end {
-                let _advice_only = map.advise_range(
-                    memmap2::Advice::PopulateRead,
-                    range.start,
-                    end - range.start,
-                );
+                let _advice_only =
+                    map.advise_range(memmap2::Advice::PopulateRead, range.start, end - range.start);
             }
         }
         #[cfg(not(target_os = "linux"))]

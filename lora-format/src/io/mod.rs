@@ -18,14 +18,9 @@ pub fn read_limited(path: &Path, limit: u64) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
     // One byte more than allowed tells a file at the limit from one beyond it, also where the
     // length that the file system reports is not the length that it delivers.
-    file.take(limit.saturating_add(1))
-        .read_to_end(&mut bytes)
-        .at(path, "read")?;
+    file.take(limit.saturating_add(1)).read_to_end(&mut bytes).at(path, "read")?;
     if bytes.len() as u64 > limit {
-        return Err(Error::TooLarge {
-            path: path.to_owned(),
-            limit,
-        });
+        return Err(Error::TooLarge { path: path.to_owned(), limit });
     }
     Ok(bytes)
 }

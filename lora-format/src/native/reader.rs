@@ -40,12 +40,7 @@ pub fn read(file: &SafetensorsFile) -> Result<Adapter> {
         for module in &group.modules {
             if scalings.insert(module.as_str(), scaling).is_some() {
                 let found = Value::from(module.as_str());
-                return Err(Error::config(
-                    path,
-                    "overrides",
-                    "one entry per module",
-                    &found,
-                ));
+                return Err(Error::config(path, "overrides", "one entry per module", &found));
             }
         }
     }
@@ -62,9 +57,7 @@ pub fn read(file: &SafetensorsFile) -> Result<Adapter> {
         } else if let Some(module) = module(ALPHA_SUFFIX) {
             alphas.insert(module, tensor);
         } else {
-            problems.push(AdapterProblem::UnusedTensor {
-                tensor: tensor.name,
-            });
+            problems.push(AdapterProblem::UnusedTensor { tensor: tensor.name });
         }
     }
 
@@ -76,32 +69,18 @@ pub fn read(file: &SafetensorsFile) -> Result<Adapter> {
         let built = factors::low_rank(&module, factors, names, scaling, &mut problems);
         let Some(component) = built else { continue };
         let Form::LowRank(low_rank) = &component.form;
-        check_alpha(
-            &module,
-            alpha,
-            naive_alpha(scaling, low_rank.rank()),
-            &mut problems,
-        );
+        check_alpha(&module, alpha, naive_alpha(scaling, low_rank.rank()), &mut problems);
         components.push(component);
     }
     let leftover = alphas.into_values();
-    problems.extend(leftover.map(|tensor| AdapterProblem::UnusedTensor {
-        tensor: tensor.name,
-    }));
+    problems.extend(leftover.map(|tensor| AdapterProblem::UnusedTensor { tensor: tensor.name }));
     let mut unknown: Vec<&str> = scalings.into_keys().collect();
     unknown.sort_unstable();
     problems.extend(
-        unknown
-            .into_iter()
-            .map(|name| AdapterProblem::MissingModule {
-                module: name.to_owned(),
-            }),
+        unknown.into_iter().map(|name| AdapterProblem::MissingModule { module: name.to_owned() }),
     );
     if !problems.is_empty() {
-        return Err(Error::Adapter {
-            path: path.to_owned(),
-            problems,
-        });
+        return Err(Error::Adapter { path: path.to_owned(), problems });
     }
 
     let own = ["format", CONFIG_KEY];
@@ -119,11 +98,7 @@ pub fn read(file: &SafetensorsFile) -> Result<Adapter> {
             },
         },
         fan_in_fan_out: config.fan_in_fan_out,
-        metadata: metadata
-            .iter()
-            .filter(|entry| !own.contains(&&*entry.0))
-            .cloned()
-            .collect(),
+        metadata: metadata.iter().filter(|entry| !own.contains(&&*entry.0)).cloned().collect(),
         source: match config.source {
             Some(source) => Some(SourceConfig {
                 format: peft::format_named(path, &source.format)?,
@@ -140,21 +115,13 @@ pub fn read(file: &SafetensorsFile) -> Result<Adapter> {
 fn read_config(path: &Path, header: &Header) -> Result<Config> {
     let text = header.metadata_value(CONFIG_KEY).unwrap_or_default();
     let value = crate::json::parse(path, text.as_bytes())?;
-    let version = value
-        .get("version")
-        .and_then(Value::as_str)
-        .unwrap_or("none");
+    let version = value.get("version").and_then(Value::as_str).unwrap_or("none");
     let known = version == super::VERSION || version == "1" || version.starts_with("1.");
     if !known {
-        return Err(Error::Version {
-            path: path.to_owned(),
-            found: version.to_owned(),
-        });
+        return Err(Error::Version { path: path.to_owned(), found: version.to_owned() });
     }
-    let config: Config = serde_json::from_value(value).map_err(|source| Error::Json {
-        path: path.to_owned(),
-        source,
-    })?;
+    let config: Config = serde_json::from_value(value)
+        .map_err(|source| Error::Json { path: path.to_owned(), source })?;
     let features: Vec<Unsupported> = config
         .requires
         .iter()
@@ -166,10 +133,7 @@ fn read_config(path: &Path, header: &Header) -> Result<Config> {
         })
         .collect();
     if !features.is_empty() {
-        return Err(Error::Unsupported {
-            path: path.to_owned(),
-            features,
-        });
+        return Err(Error::Unsupported { path: path.to_owned(), features });
     }
     Ok(config)
 }
@@ -178,17 +142,9 @@ fn scaling(path: &Path, field: &str, config: &ScalingConfig) -> Result<Scaling> 
     let Some(rule) = ScalingRule::from_name(&config.rule) else {
         let expected = "`alpha/rank`, `alpha/sqrt-rank` or `direct`";
         let found = Value::from(config.rule.as_str());
-        return Err(Error::config(
-            path,
-            &format!("{field}.rule"),
-            expected,
-            &found,
-        ));
+        return Err(Error::config(path, &format!("{field}.rule"), expected, &found));
     };
-    Ok(Scaling {
-        alpha: config.alpha,
-        rule,
-    })
+    Ok(Scaling { alpha: config.alpha, rule })
 }
 
 /// The `.alpha` tensor must be there, an f32 scalar, and say what the configuration says: a
@@ -210,12 +166,7 @@ fn check_alpha(
     };
     if stored.to_bits() != expected.to_bits() {
         let module = module.to_owned();
-        problems.push(AdapterProblem::AlphaMismatch {
-            module,
-            tensor: name,
-            stored,
-            expected,
-        });
+        problems.push(AdapterProblem::AlphaMismatch { module, tensor: name, stored, expected });
     }
 }
 
@@ -228,18 +179,13 @@ fn read_fingerprint(path: &Path, config: FingerprintConfig) -> Result<Option<Fin
     for target in config.targets {
         let field = format!("base.fingerprint.{}", target.target);
         let invalid = |expected, found: &str| Error::config(path, &field, expected, &found.into());
-        let dtype = target
-            .dtype
-            .parse()
-            .map_err(|_| invalid("a dtype", &target.dtype))?;
+        let dtype = target.dtype.parse().map_err(|_| invalid("a dtype", &target.dtype))?;
         let bytes = BASE64
             .decode(&target.values)
             .ok()
             .filter(|bytes| bytes.len() % 4 == 0)
             .ok_or_else(|| invalid("base64 of f32 values", &target.values))?;
-        let words = bytes
-            .chunks_exact(4)
-            .map(|word| [word[0], word[1], word[2], word[3]]);
+        let words = bytes.chunks_exact(4).map(|word| [word[0], word[1], word[2], word[3]]);
         targets.push(TargetSamples {
             target: target.target,
             dtype,

@@ -71,15 +71,10 @@ pub fn encode(adapter: &Adapter) -> Result<(Vec<u8>, Vec<OutputTensor<'_>>)> {
         digest.update(tensor.bytes());
     }
     let config = describe(adapter, &hexadecimal(&digest.finalize()))?;
-    let text = serde_json::to_string(&config).map_err(|source| Error::Json {
-        path: adapter.path.clone(),
-        source,
-    })?;
+    let text = serde_json::to_string(&config)
+        .map_err(|source| Error::Json { path: adapter.path.clone(), source })?;
     // `format: pt` is what transformers demands of any safetensors file.
-    let mut metadata = vec![
-        ("format".to_owned(), "pt".to_owned()),
-        (CONFIG_KEY.to_owned(), text),
-    ];
+    let mut metadata = vec![("format".to_owned(), "pt".to_owned()), (CONFIG_KEY.to_owned(), text)];
     metadata.extend(adapter.metadata.iter().cloned());
     metadata.sort();
     metadata.dedup_by(|second, first| second.0 == first.0);
@@ -117,10 +112,7 @@ fn lay_out(adapter: &Adapter) -> Result<Vec<OutputTensor<'_>>> {
         if !alpha.is_finite() {
             let (module, scale) = (module.clone(), factors.scale());
             let problems = vec![AdapterProblem::Scale { module, scale }];
-            return Err(Error::Adapter {
-                path: adapter.path.clone(),
-                problems,
-            });
+            return Err(Error::Adapter { path: adapter.path.clone(), problems });
         }
         tensors.push(OutputTensor {
             name: format!("{module}{ALPHA_SUFFIX}"),
@@ -143,9 +135,7 @@ fn describe(adapter: &Adapter, digest: &str) -> Result<Config> {
     for component in &adapter.components {
         let Form::LowRank(factors) = &component.form;
         let key = (factors.scaling.rule.name(), factors.scaling.alpha.to_bits());
-        let group = groups
-            .entry(key)
-            .or_insert_with(|| (factors.scaling, Vec::new()));
+        let group = groups.entry(key).or_insert_with(|| (factors.scaling, Vec::new()));
         group.1.push(component.target.module.clone());
     }
     // The commonest scaling is the file's default; of equals, the first in key order.
@@ -164,10 +154,7 @@ fn describe(adapter: &Adapter, digest: &str) -> Result<Config> {
     groups.remove(&default_key);
     let overrides = groups.into_values().map(|(scaling, mut modules)| {
         modules.sort();
-        Override {
-            scaling: scaling_config(scaling),
-            modules,
-        }
+        Override { scaling: scaling_config(scaling), modules }
     });
     Ok(Config {
         version: VERSION.to_owned(),
@@ -186,40 +173,26 @@ fn describe(adapter: &Adapter, digest: &str) -> Result<Config> {
 }
 
 fn scaling_config(scaling: Scaling) -> ScalingConfig {
-    ScalingConfig {
-        alpha: scaling.alpha,
-        rule: scaling.rule.name().to_owned(),
-    }
+    ScalingConfig { alpha: scaling.alpha, rule: scaling.rule.name().to_owned() }
 }
 
 fn base_config(base: &BaseIdentity) -> BaseConfig {
-    let fingerprint = base
-        .fingerprint
-        .as_ref()
-        .map(|fingerprint| FingerprintConfig {
-            algorithm: ALGORITHM.to_owned(),
-            targets: fingerprint
-                .targets
-                .iter()
-                .map(|samples| TargetConfig {
-                    target: samples.target.clone(),
-                    dtype: samples.dtype.name().to_owned(),
-                    shape: samples.shape.clone(),
-                    values: BASE64.encode(
-                        samples
-                            .values
-                            .iter()
-                            .flat_map(|value| value.to_le_bytes())
-                            .collect::<Vec<_>>(),
-                    ),
-                })
-                .collect(),
-        });
-    BaseConfig {
-        name: base.name.clone(),
-        revision: base.revision.clone(),
-        fingerprint,
-    }
+    let fingerprint = base.fingerprint.as_ref().map(|fingerprint| FingerprintConfig {
+        algorithm: ALGORITHM.to_owned(),
+        targets: fingerprint
+            .targets
+            .iter()
+            .map(|samples| TargetConfig {
+                target: samples.target.clone(),
+                dtype: samples.dtype.name().to_owned(),
+                shape: samples.shape.clone(),
+                values: BASE64.encode(
+                    samples.values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<_>>(),
+                ),
+            })
+            .collect(),
+    });
+    BaseConfig { name: base.name.clone(), revision: base.revision.clone(), fingerprint }
 }
 
 pub(super) fn hexadecimal(bytes: &[u8]) -> String {
