@@ -1,2 +1,63 @@
-//! The program.
-fn main() {}
+//! `lora-cli`: merge, inspect, convert and check low-rank adapters.
+//!
+//! stdout carries data, stderr talk. Exit status: 0 done, 1 a check found something, 2 an error,
+//! 130 interrupted.
+
+mod commands;
+mod failure;
+mod printer;
+mod progress;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use failure::{Failure, Outcome};
+
+/// Merge, inspect, convert and check low-rank adapters (LoRA).
+#[derive(Debug, Parser)]
+#[command(name = "lora-cli", version, propagate_version = true, max_term_width = 100)]
+#[command(after_help = "Exit status: 0 done, 1 a check found something, 2 an error, \
+                        130 interrupted.")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Merge(commands::merge::Arguments),
+    Inspect(commands::inspect::Arguments),
+    Convert(commands::convert::Arguments),
+    Stamp(commands::stamp::Arguments),
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let (json, result) = match &cli.command {
+        Command::Merge(arguments) => (arguments.json, commands::merge::run(arguments)),
+        Command::Inspect(arguments) => (arguments.json, commands::inspect::run(arguments)),
+        Command::Convert(arguments) => (arguments.json, commands::convert::run(arguments)),
+        Command::Stamp(arguments) => (arguments.json, commands::stamp::run(arguments)),
+    };
+    match result {
+        Ok(Outcome::Done) => ExitCode::SUCCESS,
+        Ok(Outcome::Finding) => ExitCode::from(1),
+        Err(Failure::Interrupted) => {
+            printer::talk("interrupted; nothing was left behind");
+            ExitCode::from(130)
+        }
+        // Whoever read our output has had enough of it.
+        Err(Failure::ClosedPipe) => ExitCode::SUCCESS,
+        Err(Failure::Error { message, hint }) => {
+            if json {
+                let _closed = printer::json(&failure::ErrorReport::new(&message, hint.as_deref()));
+            }
+            printer::talk(&format!("error: {message}"));
+            if let Some(hint) = hint {
+                printer::talk(&format!("hint: {hint}"));
+            }
+            ExitCode::from(2)
+        }
+    }
+}

@@ -41,6 +41,14 @@ pub enum Error {
         /// Line, column and cause.
         source: serde_json::Error,
     },
+    /// The configuration inside a file of our own format is malformed.
+    #[error("{}: the configuration in its metadata (`lora_format`): {source}", path.display())]
+    Configuration {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong; line and column count within the configuration.
+        source: serde_json::Error,
+    },
     /// A malformed safetensors header.
     #[error("{}: not a valid safetensors file: {problem}", path.display())]
     Header {
@@ -305,9 +313,13 @@ pub enum AdapterProblem {
     RankRange { module: String, rank: usize, limit: usize },
     #[error("`{module}`: the scale {scale} is not a finite number")]
     Scale { module: String, scale: f64 },
+    #[error("`{module}`: scale times rank is {value:e}, more than an F32 `.alpha` tensor can hold")]
+    AlphaRange { module: String, value: f64 },
+    #[error("`{tensor}`: {dtype} {shape}; it must be an F32 scalar, of shape []")]
+    AlphaTensor { tensor: String, dtype: Dtype, shape: Shape },
     #[error("`{module}`: the tensor `{tensor}` holds {stored}, the configuration gives {expected}")]
     AlphaMismatch { module: String, tensor: String, stored: f32, expected: f32 },
-    #[error("the configuration names the tensor `{tensor}`, which the file does not hold")]
+    #[error("`{tensor}` is missing; every pair of factors has an `.alpha` beside it")]
     MissingTensor { tensor: String },
     #[error("the configuration names the module `{module}`, which has no tensors")]
     MissingModule { module: String },

@@ -44,6 +44,10 @@ const PARAMETER: &str = ".weight";
 /// How many nearest names an error shows.
 const NEAREST: usize = 3;
 
+/// How many unresolved modules are compared with every name of the base; on a wrong base all of
+/// them are unresolved, and the first hundred say enough.
+const COMPARED: usize = 100;
+
 /// Where the modules of an adapter are in a base.
 #[derive(Debug, Default)]
 pub struct Resolution {
@@ -72,13 +76,12 @@ pub fn resolve(modules: &[&str], base: &Checkpoint) -> Resolution {
             }
             Found::Several(candidates) => {
                 let module = (*module).to_owned();
-                resolution
-                    .problems
-                    .push(PlanProblem::Ambiguous { module, candidates });
+                resolution.problems.push(PlanProblem::Ambiguous { module, candidates });
                 resolution.locations.push(None);
             }
             Found::None => {
-                resolution.problems.push(unresolved(module, base, suffixes));
+                let compare = resolution.problems.len() < COMPARED;
+                resolution.problems.push(unresolved(module, base, suffixes, compare));
                 resolution.locations.push(None);
             }
         }
@@ -100,13 +103,10 @@ fn refuse_uneven_prefixes(modules: &[&str], base: &Checkpoint, resolution: &mut 
     for (module, location) in modules.iter().zip(&mut resolution.locations) {
         let Some(found) = *location else { continue };
         let stem = stem(base, found);
-        let foreign = module
-            .strip_suffix(stem)
-            .and_then(|prefix| prefix.strip_suffix('.'));
+        let foreign = module.strip_suffix(stem).and_then(|prefix| prefix.strip_suffix('.'));
         if foreign.is_some_and(|prefix| !is_wrapper(prefix)) {
-            resolution
-                .problems
-                .push(unresolved(module, base, &suffixes));
+            let compare = resolution.problems.len() < COMPARED;
+            resolution.problems.push(unresolved(module, base, &suffixes, compare));
             *location = None;
         }
     }
@@ -130,33 +130,25 @@ fn refuse_collisions(modules: &[&str], base: &Checkpoint, resolution: &mut Resol
     }
 }
 
-fn unresolved(module: &str, base: &Checkpoint, suffixes: &SuffixIndex<'_>) -> PlanProblem {
+fn unresolved(
+    module: &str,
+    base: &Checkpoint,
+    suffixes: &SuffixIndex<'_>,
+    compare: bool,
+) -> PlanProblem {
     let last = module.rsplit('.').next().unwrap_or(module);
-    if last == "lm_head"
-        && base
-            .tensors()
-            .any(|(_, info)| is_input_embedding(&info.name))
-    {
-        return PlanProblem::Tied {
-            module: module.to_owned(),
-        };
+    if last == "lm_head" && base.tensors().any(|(_, info)| is_input_embedding(&info.name)) {
+        return PlanProblem::Tied { module: module.to_owned() };
     }
-    PlanProblem::Unresolved {
-        module: module.to_owned(),
-        nearest: suffixes.nearest(module),
-    }
+    let nearest = if compare { suffixes.nearest(module) } else { Vec::new() };
+    PlanProblem::Unresolved { module: module.to_owned(), nearest }
 }
 
 /// Whether this is the input embedding of a language model.
 pub(crate) fn is_input_embedding(name: &str) -> bool {
-    [
-        "embed_tokens.weight",
-        "wte.weight",
-        "word_embeddings.weight",
-        "embed_in.weight",
-    ]
-    .iter()
-    .any(|ending| name.ends_with(ending))
+    ["embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight"]
+        .iter()
+        .any(|ending| name.ends_with(ending))
 }
 
 fn is_wrapper(prefix: &str) -> bool {
@@ -170,10 +162,7 @@ fn stem(base: &Checkpoint, location: Location) -> &str {
 }
 
 enum Found {
-    One {
-        location: Location,
-        rename: (String, String),
-    },
+    One { location: Location, rename: (String, String) },
     Several(Vec<String>),
     None,
 }
@@ -198,11 +187,7 @@ impl<'a> SuffixIndex<'a> {
         let at = self
             .stems
             .partition_point(|(stem, _)| compare_reversed(stem, module) == Ordering::Less);
-        let shared = |index: usize| {
-            self.stems
-                .get(index)
-                .map_or(0, |s| shared_suffix(s.0, module))
-        };
+        let shared = |index: usize| self.stems.get(index).map_or(0, |s| shared_suffix(s.0, module));
         let longest = shared(at).max(at.checked_sub(1).map_or(0, shared));
         if longest == 0 {
             return Found::None;
@@ -215,11 +200,7 @@ impl<'a> SuffixIndex<'a> {
         while shared(end) == longest {
             end += 1;
         }
-        let prefix_of = |name: &str| {
-            name[..name.len() - longest]
-                .trim_end_matches('.')
-                .to_owned()
-        };
+        let prefix_of = |name: &str| name[..name.len() - longest].trim_end_matches('.').to_owned();
         let ours = prefix_of(module);
         let candidates: Vec<(&(&str, Location), String)> = self.stems[first..end]
             .iter()
@@ -233,15 +214,11 @@ impl<'a> SuffixIndex<'a> {
             .collect();
         match candidates.as_slice() {
             [] => Found::None,
-            [((_, location), theirs)] => Found::One {
-                location: *location,
-                rename: (ours, theirs.clone()),
-            },
+            [((_, location), theirs)] => {
+                Found::One { location: *location, rename: (ours, theirs.clone()) }
+            }
             several => Found::Several(
-                several
-                    .iter()
-                    .map(|((stem, _), _)| format!("{stem}{PARAMETER}"))
-                    .collect(),
+                several.iter().map(|((stem, _), _)| format!("{stem}{PARAMETER}")).collect(),
             ),
         }
     }
@@ -275,17 +252,9 @@ fn compare_reversed(a: &str, b: &str) -> Ordering {
 
 /// The length in bytes of the longest common suffix that begins at a dotted part of both names.
 fn shared_suffix(a: &str, b: &str) -> usize {
-    let common = a
-        .bytes()
-        .rev()
-        .zip(b.bytes().rev())
-        .take_while(|(x, y)| x == y)
-        .count();
+    let common = a.bytes().rev().zip(b.bytes().rev()).take_while(|(x, y)| x == y).count();
     let begins_part = |name: &str, length: usize| {
         length == name.len() || name.as_bytes()[name.len() - length - 1] == b'.'
     };
-    (1..=common)
-        .rev()
-        .find(|&length| begins_part(a, length) && begins_part(b, length))
-        .unwrap_or(0)
+    (1..=common).rev().find(|&length| begins_part(a, length) && begins_part(b, length)).unwrap_or(0)
 }

@@ -137,6 +137,10 @@ fn read_components(
                 continue;
             }
         };
+        if module.contains(".base_layer.") {
+            unsupported.entry(INSIDE).or_default().push(tensor.name);
+            continue;
+        }
         if module.ends_with(".base_layer") {
             unsupported.entry(NESTED).or_default().push(tensor.name);
             continue;
@@ -160,6 +164,10 @@ fn read_components(
         });
     }
 
+    if modules.is_empty() {
+        let problem = DetectProblem::NotAnAdapter { tensors: 0, first: None };
+        return Err(Error::Unrecognised { path: file.path().to_owned(), problem });
+    }
     let mut scaling = ScalingTable::new(config_path, fields)?;
     let mut components = Vec::with_capacity(modules.len());
     for (module, factors) in modules {
@@ -407,6 +415,7 @@ fn explain_method(kind: &str) -> &'static str {
 }
 
 const NESTED: &str = "LoRA on a bare parameter (fused experts): not implemented yet";
+const INSIDE: &str = "LoRA on a part of a wrapped layer (MultiheadAttention): not implemented yet";
 const CONVOLUTION: &str = "a convolution's factors: not implemented yet";
 
 /// What a tensor that is neither A nor B of a linear layer is.

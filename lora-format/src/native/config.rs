@@ -46,7 +46,8 @@ pub(super) struct BaseConfig {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub revision: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub fingerprint: Option<FingerprintConfig>,
+    /// A [`FingerprintConfig`], or whatever another algorithm records.
+    pub fingerprint: Option<Value>,
 }
 
 impl BaseConfig {
@@ -56,13 +57,14 @@ impl BaseConfig {
 }
 
 #[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct FingerprintConfig {
     pub algorithm: String,
-    #[serde(default)]
     pub targets: Vec<TargetConfig>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct TargetConfig {
     pub target: String,
     pub dtype: String,
@@ -72,6 +74,7 @@ pub(super) struct TargetConfig {
 }
 
 #[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct SourceField {
     pub format: String,
     pub config: Map<String, Value>,

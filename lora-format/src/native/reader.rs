@@ -14,10 +14,13 @@ use super::writer::{hexadecimal, naive_alpha};
 use super::{A_SUFFIX, ALPHA_SUFFIX, B_SUFFIX, CONFIG_KEY, FEATURES};
 use crate::codec::peft;
 use crate::container::safetensors::{Header, SafetensorsFile};
-use crate::error::{AdapterProblem, Error, Result, Unsupported};
+use crate::dtype::Dtype;
+use crate::error::{AdapterProblem, DetectProblem, Error, Result, Shape, Unsupported};
 use crate::factors::{self, FactorTensors};
 use crate::fingerprint::{self, BaseIdentity, Fingerprint, TargetSamples};
-use crate::model::{Adapter, AdapterFormat, Form, Scaling, ScalingRule, SourceConfig};
+use crate::json;
+use crate::limits;
+use crate::model::{Adapter, AdapterFormat, Form, LowRank, Scaling, ScalingRule, SourceConfig};
 use crate::tensor::{self, Tensor};
 
 /// Whether a safetensors file is of our format.
@@ -69,7 +72,7 @@ pub fn read(file: &SafetensorsFile) -> Result<Adapter> {
         let built = factors::low_rank(&module, factors, names, scaling, &mut problems);
         let Some(component) = built else { continue };
         let Form::LowRank(low_rank) = &component.form;
-        check_alpha(&module, alpha, naive_alpha(scaling, low_rank.rank()), &mut problems);
+        check_alpha(&module, alpha, low_rank, &mut problems);
         components.push(component);
     }
     let leftover = alphas.into_values();
@@ -81,6 +84,10 @@ pub fn read(file: &SafetensorsFile) -> Result<Adapter> {
     );
     if !problems.is_empty() {
         return Err(Error::Adapter { path: path.to_owned(), problems });
+    }
+    if components.is_empty() {
+        let problem = DetectProblem::NotAnAdapter { tensors: 0, first: None };
+        return Err(Error::Unrecognised { path: path.to_owned(), problem });
     }
 
     let own = ["format", CONFIG_KEY];
@@ -114,14 +121,25 @@ pub fn read(file: &SafetensorsFile) -> Result<Adapter> {
 /// The configuration, checked for version and required features before anything is made of it.
 fn read_config(path: &Path, header: &Header) -> Result<Config> {
     let text = header.metadata_value(CONFIG_KEY).unwrap_or_default();
-    let value = crate::json::parse(path, text.as_bytes())?;
+    let malformed = |source| Error::Configuration { path: path.to_owned(), source };
+    if text.len() as u64 > limits::CONFIG_BYTES {
+        let (bytes, limit) = (text.len(), limits::CONFIG_BYTES);
+        let problem = format_args!("{bytes} bytes, the limit is {limit}");
+        return Err(malformed(serde::de::Error::custom(problem)));
+    }
+    let value = json::parse(path, text.as_bytes()).map_err(|error| match error {
+        Error::Json { source, .. } => malformed(source),
+        other => other,
+    })?;
+    if !value.is_object() {
+        return Err(malformed(serde::de::Error::custom("it must be an object")));
+    }
     let version = value.get("version").and_then(Value::as_str).unwrap_or("none");
     let known = version == super::VERSION || version == "1" || version.starts_with("1.");
     if !known {
         return Err(Error::Version { path: path.to_owned(), found: version.to_owned() });
     }
-    let config: Config = serde_json::from_value(value)
-        .map_err(|source| Error::Json { path: path.to_owned(), source })?;
+    let config: Config = serde_json::from_value(value).map_err(malformed)?;
     let features: Vec<Unsupported> = config
         .requires
         .iter()
@@ -135,7 +153,40 @@ fn read_config(path: &Path, header: &Header) -> Result<Config> {
     if !features.is_empty() {
         return Err(Error::Unsupported { path: path.to_owned(), features });
     }
+    check_members(path, header, &config)?;
     Ok(config)
+}
+
+/// What the types of the members leave open.
+fn check_members(path: &Path, header: &Header, config: &Config) -> Result<()> {
+    let found = header.metadata_value("format").map_or(Value::Null, Value::from);
+    if found != "pt" {
+        return Err(Error::config(path, "format", "`pt` in `__metadata__`", &found));
+    }
+    if config.requires != FEATURES {
+        let found = Value::from(config.requires.as_slice());
+        return Err(Error::config(path, "requires", "the features that the file uses", &found));
+    }
+    let digits = config.digest.strip_prefix("sha256:").unwrap_or_default();
+    if digits.len() != 64 || !digits.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')) {
+        let expected = "`sha256:` and 64 lower-case hexadecimal digits";
+        return Err(Error::config(path, "digest", expected, &config.digest.as_str().into()));
+    }
+    for (name, extension) in &config.extensions {
+        let field = format!("extensions.{name}");
+        let (vendor, rest) = name.split_once('.').unwrap_or_default();
+        if vendor.is_empty() || rest.is_empty() {
+            let expected = "named after its owner, `vendor.name`";
+            return Err(Error::config(path, &field, expected, &name.as_str().into()));
+        }
+        let copy = extension.get("copy").and_then(Value::as_str);
+        let known = matches!(copy, Some("safe" | "unsafe")) && extension.get("value").is_some();
+        if !known || extension.as_object().is_none_or(|members| members.len() != 2) {
+            let expected = "an object of `copy` (`safe` or `unsafe`) and `value`";
+            return Err(Error::config(path, &field, expected, extension));
+        }
+    }
+    Ok(())
 }
 
 fn scaling(path: &Path, field: &str, config: &ScalingConfig) -> Result<Scaling> {
@@ -152,7 +203,7 @@ fn scaling(path: &Path, field: &str, config: &ScalingConfig) -> Result<Scaling> 
 fn check_alpha(
     module: &str,
     tensor: Option<Tensor>,
-    expected: f32,
+    factors: &LowRank,
     problems: &mut Vec<AdapterProblem>,
 ) {
     let name = format!("{module}{ALPHA_SUFFIX}");
@@ -160,9 +211,19 @@ fn check_alpha(
         problems.push(AdapterProblem::MissingTensor { tensor: name });
         return;
     };
+    let expected = naive_alpha(factors.scaling, factors.rank());
+    if !expected.is_finite() {
+        let value = factors.scale() * factors.rank() as f64;
+        problems.push(AdapterProblem::AlphaRange { module: module.to_owned(), value });
+        return;
+    }
     let stored = match tensor.to_f32().as_deref() {
-        Some(&[value]) if tensor.dtype == crate::Dtype::F32 => value,
-        _ => f32::NAN,
+        Some(&[value]) if tensor.dtype == Dtype::F32 && tensor.shape.is_empty() => value,
+        _ => {
+            let (dtype, shape) = (tensor.dtype, Shape(tensor.shape));
+            problems.push(AdapterProblem::AlphaTensor { tensor: name, dtype, shape });
+            return;
+        }
     };
     if stored.to_bits() != expected.to_bits() {
         let module = module.to_owned();
@@ -171,20 +232,29 @@ fn check_alpha(
 }
 
 /// An unknown algorithm is no error: the identity is then unknown.
-fn read_fingerprint(path: &Path, config: FingerprintConfig) -> Result<Option<Fingerprint>> {
-    if config.algorithm != fingerprint::ALGORITHM {
-        return Ok(None);
+fn read_fingerprint(path: &Path, config: Value) -> Result<Option<Fingerprint>> {
+    match config.get("algorithm").and_then(Value::as_str) {
+        Some(fingerprint::ALGORITHM) => {}
+        Some(_) => return Ok(None),
+        None => {
+            let expected = "an object with an algorithm";
+            return Err(Error::config(path, "base.fingerprint", expected, &config));
+        }
     }
+    let config: FingerprintConfig = serde_json::from_value(config)
+        .map_err(|source| Error::Configuration { path: path.to_owned(), source })?;
     let mut targets = Vec::with_capacity(config.targets.len());
     for target in config.targets {
         let field = format!("base.fingerprint.{}", target.target);
         let invalid = |expected, found: &str| Error::config(path, &field, expected, &found.into());
-        let dtype = target.dtype.parse().map_err(|_| invalid("a dtype", &target.dtype))?;
+        let dtype = target.dtype.parse().ok().filter(|dtype: &Dtype| dtype.is_merge_float());
+        let dtype = dtype.ok_or_else(|| invalid("of dtype F32, F16 or BF16", &target.dtype))?;
+        let samples = if target.shape.contains(&0) { 0 } else { fingerprint::SAMPLES };
         let bytes = BASE64
             .decode(&target.values)
             .ok()
-            .filter(|bytes| bytes.len() % 4 == 0)
-            .ok_or_else(|| invalid("base64 of f32 values", &target.values))?;
+            .filter(|bytes| bytes.len() == samples * 4)
+            .ok_or_else(|| invalid("base64 of 16 f32 values", &target.values))?;
         let words = bytes.chunks_exact(4).map(|word| [word[0], word[1], word[2], word[3]]);
         targets.push(TargetSamples {
             target: target.target,

@@ -14,7 +14,7 @@ use super::{A_SUFFIX, ALPHA_SUFFIX, B_SUFFIX, CONFIG_KEY, VERSION};
 use crate::container::safetensors::{Declared, encode_header, storage_order};
 use crate::dtype::Dtype;
 use crate::error::{AdapterProblem, Error, Result};
-use crate::fingerprint::{ALGORITHM, BaseIdentity};
+use crate::fingerprint::ALGORITHM;
 use crate::io::atomic::{self, Durability, Overwrite};
 use crate::model::{Adapter, Form, Scaling};
 
@@ -75,9 +75,9 @@ pub fn encode(adapter: &Adapter) -> Result<(Vec<u8>, Vec<OutputTensor<'_>>)> {
         .map_err(|source| Error::Json { path: adapter.path.clone(), source })?;
     // `format: pt` is what transformers demands of any safetensors file.
     let mut metadata = vec![("format".to_owned(), "pt".to_owned()), (CONFIG_KEY.to_owned(), text)];
-    metadata.extend(adapter.metadata.iter().cloned());
+    let own = ["format", CONFIG_KEY];
+    metadata.extend(adapter.metadata.iter().filter(|entry| !own.contains(&&*entry.0)).cloned());
     metadata.sort();
-    metadata.dedup_by(|second, first| second.0 == first.0);
     let declared = tensors.iter().map(|tensor| Declared {
         name: &tensor.name,
         dtype: tensor.dtype,
@@ -110,8 +110,8 @@ fn lay_out(adapter: &Adapter) -> Result<Vec<OutputTensor<'_>>> {
         }
         let alpha = naive_alpha(factors.scaling, factors.rank());
         if !alpha.is_finite() {
-            let (module, scale) = (module.clone(), factors.scale());
-            let problems = vec![AdapterProblem::Scale { module, scale }];
+            let value = factors.scale() * factors.rank() as f64;
+            let problems = vec![AdapterProblem::AlphaRange { module: module.clone(), value }];
             return Err(Error::Adapter { path: adapter.path.clone(), problems });
         }
         tensors.push(OutputTensor {
@@ -163,7 +163,7 @@ fn describe(adapter: &Adapter, digest: &str) -> Result<Config> {
         scaling: scaling_config(default_scaling),
         overrides: overrides.collect(),
         fan_in_fan_out: adapter.fan_in_fan_out,
-        base: base_config(&adapter.base),
+        base: base_config(adapter)?,
         source: adapter.source.as_ref().map(|source| SourceField {
             format: source.format.name().to_owned(),
             config: source.config.clone(),
@@ -176,7 +176,8 @@ fn scaling_config(scaling: Scaling) -> ScalingConfig {
     ScalingConfig { alpha: scaling.alpha, rule: scaling.rule.name().to_owned() }
 }
 
-fn base_config(base: &BaseIdentity) -> BaseConfig {
+fn base_config(adapter: &Adapter) -> Result<BaseConfig> {
+    let base = &adapter.base;
     let fingerprint = base.fingerprint.as_ref().map(|fingerprint| FingerprintConfig {
         algorithm: ALGORITHM.to_owned(),
         targets: fingerprint
@@ -192,7 +193,11 @@ fn base_config(base: &BaseIdentity) -> BaseConfig {
             })
             .collect(),
     });
-    BaseConfig { name: base.name.clone(), revision: base.revision.clone(), fingerprint }
+    let fingerprint = fingerprint
+        .map(serde_json::to_value)
+        .transpose()
+        .map_err(|source| Error::Json { path: adapter.path.clone(), source })?;
+    Ok(BaseConfig { name: base.name.clone(), revision: base.revision.clone(), fingerprint })
 }
 
 pub(super) fn hexadecimal(bytes: &[u8]) -> String {

@@ -1,0 +1,112 @@
+//! `lora-cli convert`: an adapter from one format to another.
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+use lora_format::codec::peft;
+use lora_format::model::AdapterFormat;
+use lora_format::native;
+use serde::Serialize;
+
+use super::{AdapterArguments, WriteArguments};
+use crate::failure::{Failure, Outcome};
+use crate::printer;
+
+/// Convert an adapter to another format, losing nothing
+///
+/// The input's format is found from its content. Factors keep their bits, the configuration keeps
+/// every field.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  lora-cli convert ./my-lora --to lora -o my-lora.safetensors
+  lora-cli convert my-lora.safetensors --to peft -o ./my-lora-again")]
+pub(crate) struct Arguments {
+    /// The adapter
+    adapter: PathBuf,
+    /// The format to write
+    #[arg(long, value_enum)]
+    to: Format,
+    /// Where to write: a file for lora, a directory for peft
+    #[arg(short, long, value_name = "PATH")]
+    output: PathBuf,
+    #[command(flatten)]
+    write: WriteArguments,
+    #[command(flatten)]
+    adapter_options: AdapterArguments,
+    /// Print a report as JSON on stdout
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Format {
+    /// Our own single file
+    Lora,
+    /// A PEFT directory
+    Peft,
+}
+
+/// `lora-cli/convert/1`
+#[derive(Debug, Serialize)]
+struct JsonReport {
+    schema: &'static str,
+    input: String,
+    input_format: &'static str,
+    output: String,
+    output_format: &'static str,
+    components: usize,
+    not_carried: Vec<String>,
+    notes: Vec<String>,
+}
+
+pub(crate) fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
+    let adapter = lora_format::read(&arguments.adapter, &arguments.adapter_options.read_options())?;
+    let notes: Vec<String> = adapter.notes.iter().map(ToString::to_string).collect();
+    let mut not_carried = Vec::new();
+    if adapter.format == AdapterFormat::Peft && adapter.path.is_dir() {
+        not_carried = peft::other_files(&adapter.path)?;
+    }
+    if arguments.to == Format::Peft && adapter.base.fingerprint.is_some() {
+        not_carried.push("the base's fingerprint (PEFT has no place for it)".to_owned());
+    }
+    if arguments.to == Format::Peft {
+        not_carried.extend(adapter.extensions.keys().map(|name| format!("the extension `{name}`")));
+    }
+    let (overwrite, durability) = (arguments.write.overwrite(), arguments.write.durability());
+    let (output, format) = match arguments.to {
+        Format::Lora => {
+            native::write(&adapter, &arguments.output, overwrite, durability)?;
+            (&arguments.output, AdapterFormat::Native)
+        }
+        Format::Peft => {
+            peft::write_directory(&adapter, &arguments.output, overwrite, durability)?;
+            (&arguments.output, AdapterFormat::Peft)
+        }
+    };
+    for note in &notes {
+        printer::talk(&format!("note: {note}"));
+    }
+    if !not_carried.is_empty() {
+        printer::talk(&format!("note: not carried along: {}", not_carried.join(", ")));
+    }
+    printer::talk(&format!(
+        "read {} as {}, {} components → {} ({format})",
+        arguments.adapter.display(),
+        adapter.format,
+        adapter.components.len(),
+        output.display()
+    ));
+    if arguments.json {
+        printer::json(&JsonReport {
+            schema: "lora-cli/convert/1",
+            input: arguments.adapter.display().to_string(),
+            input_format: adapter.format.name(),
+            output: output.display().to_string(),
+            output_format: format.name(),
+            components: adapter.components.len(),
+            not_carried,
+            notes,
+        })?;
+    }
+    Ok(Outcome::Done)
+}

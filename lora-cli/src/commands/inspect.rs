@@ -1,0 +1,347 @@
+//! `lora-cli inspect`: what an adapter or a model is, from its headers alone.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use lora_format::checkpoint::{Checkpoint, Layout};
+use lora_format::container::safetensors::SafetensorsFile;
+use lora_format::model::{Adapter, AdapterFormat, Form};
+use lora_format::native::{self, DigestVerdict};
+use lora_format::{DetectProblem, Error};
+use lora_merge::Bytes;
+use serde::Serialize;
+use serde_json::{Map, Value};
+
+use super::AdapterArguments;
+use super::merge::numberless;
+use crate::failure::{Failure, Outcome};
+use crate::printer;
+
+/// Show what an adapter or a model holds, reading headers alone
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  lora-cli inspect ./my-lora
+  lora-cli inspect my-lora.safetensors --verify
+  lora-cli inspect Llama-3-8B --json")]
+pub(crate) struct Arguments {
+    /// An adapter or a model: a file or a directory
+    path: PathBuf,
+    /// Check the digest of an adapter of our own format; exit status 1 if it does not match
+    #[arg(long)]
+    verify: bool,
+    #[command(flatten)]
+    adapter_options: AdapterArguments,
+    /// Print everything as JSON on stdout
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+pub(crate) fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
+    match lora_format::read(&arguments.path, &arguments.adapter_options.read_options()) {
+        Ok(adapter) => inspect_adapter(arguments, &adapter),
+        Err(Error::Unrecognised {
+            problem: DetectProblem::NotAnAdapter { .. } | DetectProblem::NoAdapter,
+            ..
+        }) => inspect_model(arguments),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// `lora-cli/inspect-adapter/1`
+#[derive(Debug, Serialize)]
+struct AdapterReport<'a> {
+    schema: &'static str,
+    path: String,
+    format: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    version: Option<&'static str>,
+    base_name: Option<&'a str>,
+    base_revision: Option<&'a str>,
+    base_fingerprint: bool,
+    fan_in_fan_out: Option<bool>,
+    parameters: u64,
+    bytes: u64,
+    components: Vec<ComponentReport<'a>>,
+    metadata: BTreeMap<&'a str, &'a str>,
+    source: Option<&'a Map<String, Value>>,
+    notes: Vec<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    digest: Option<DigestReport>,
+}
+
+#[derive(Debug, Serialize)]
+struct ComponentReport<'a> {
+    module: &'a str,
+    parameter: &'a str,
+    form: &'static str,
+    rank: usize,
+    alpha: f64,
+    rule: &'static str,
+    scale: f64,
+    in_features: usize,
+    out_features: usize,
+    a_dtype: &'static str,
+    b_dtype: &'static str,
+    parameters: u64,
+}
+
+#[derive(Debug, Serialize)]
+struct DigestReport {
+    intact: bool,
+    recorded: String,
+    actual: String,
+}
+
+fn inspect_adapter(arguments: &Arguments, adapter: &Adapter) -> Result<Outcome, Failure> {
+    let mut components = Vec::with_capacity(adapter.components.len());
+    let mut bytes = 0;
+    for component in &adapter.components {
+        let Form::LowRank(factors) = &component.form else { continue };
+        bytes += (factors.a.bytes().len() + factors.b.bytes().len()) as u64;
+        components.push(ComponentReport {
+            module: &component.target.module,
+            parameter: &component.target.parameter,
+            form: "low-rank",
+            rank: factors.rank(),
+            alpha: factors.scaling.alpha,
+            rule: factors.scaling.rule.name(),
+            scale: factors.scale(),
+            in_features: factors.in_features(),
+            out_features: factors.out_features(),
+            a_dtype: factors.a.dtype.name(),
+            b_dtype: factors.b.dtype.name(),
+            parameters: (factors.a.elements() + factors.b.elements()) as u64,
+        });
+    }
+    let native = adapter.format == AdapterFormat::Native;
+    let digest = match arguments.verify {
+        true if native => Some(verify(&adapter.path)?),
+        true => {
+            let message = format!("{}: PEFT records no digest to verify", adapter.path.display());
+            let hint = "convert it first: lora-cli convert ADAPTER --to lora -o FILE";
+            return Err(Failure::new(message, Some(hint)));
+        }
+        false => None,
+    };
+    let damaged = digest.as_ref().is_some_and(|digest| !digest.intact);
+    let report = AdapterReport {
+        schema: "lora-cli/inspect-adapter/1",
+        path: adapter.path.display().to_string(),
+        format: adapter.format.name(),
+        version: native.then_some(native::VERSION),
+        base_name: adapter.base.name.as_deref(),
+        base_revision: adapter.base.revision.as_deref(),
+        base_fingerprint: adapter.base.fingerprint.is_some(),
+        fan_in_fan_out: adapter.fan_in_fan_out,
+        parameters: components.iter().map(|component| component.parameters).sum(),
+        bytes,
+        components,
+        metadata: adapter.metadata.iter().map(|(k, v)| (k.as_str(), v.as_str())).collect(),
+        source: adapter.source.as_ref().map(|source| &source.config),
+        notes: adapter.notes.iter().map(ToString::to_string).collect(),
+        digest,
+    };
+    if arguments.json {
+        printer::json(&report)?;
+    } else {
+        printer::data(&adapter_text(&report))?;
+    }
+    Ok(if damaged { Outcome::Finding } else { Outcome::Done })
+}
+
+fn verify(path: &Path) -> Result<DigestReport, Failure> {
+    let file = SafetensorsFile::open(path)?;
+    Ok(match native::verify_digest(&file)? {
+        DigestVerdict::Intact { digest } => {
+            DigestReport { intact: true, recorded: digest.clone(), actual: digest }
+        }
+        DigestVerdict::Damaged { recorded, actual } => {
+            DigestReport { intact: false, recorded, actual }
+        }
+    })
+}
+
+fn adapter_text(report: &AdapterReport<'_>) -> String {
+    let mut text = format!("{}: adapter, format {}", report.path, report.format);
+    if let Some(version) = report.version {
+        text.push_str(&format!(" {version}"));
+    }
+    text.push_str(&format!(
+        "\n{} targets, {} parameters, {}\n",
+        report.components.len(),
+        report.parameters,
+        Bytes(report.bytes)
+    ));
+    if let Some(name) = report.base_name {
+        text.push_str(&format!("base: {name}"));
+        if let Some(revision) = report.base_revision {
+            text.push_str(&format!(" at {revision}"));
+        }
+        let stamped = if report.base_fingerprint { "with" } else { "without" };
+        text.push_str(&format!(", {stamped} a fingerprint\n"));
+    }
+    text.push('\n');
+    let mut groups: BTreeMap<(String, String), usize> = BTreeMap::new();
+    for component in &report.components {
+        let dtype = if component.a_dtype == component.b_dtype {
+            component.a_dtype.to_owned()
+        } else {
+            format!("{}/{}", component.a_dtype, component.b_dtype)
+        };
+        let what = format!(
+            "{} → {}  rank {}  alpha {}  scale {}  {dtype}",
+            component.in_features,
+            component.out_features,
+            component.rank,
+            component.alpha,
+            component.scale
+        );
+        *groups.entry((numberless(component.module), what)).or_default() += 1;
+    }
+    let width = groups.keys().map(|key| key.0.chars().count()).max().unwrap_or(0);
+    for ((module, what), count) in &groups {
+        text.push_str(&format!("  {count:>5} × {module:width$}  {what}\n"));
+    }
+    for (key, value) in &report.metadata {
+        text.push_str(&format!("metadata {key}: {value}\n"));
+    }
+    for note in &report.notes {
+        text.push_str(&format!("note: {note}\n"));
+    }
+    match &report.digest {
+        Some(digest) if digest.intact => {
+            text.push_str(&format!("digest: intact ({})\n", digest.recorded));
+        }
+        Some(digest) => text.push_str(&format!(
+            "digest: DAMAGED\n  recorded {}\n  actual   {}\n",
+            digest.recorded, digest.actual
+        )),
+        None => {}
+    }
+    text
+}
+
+/// `lora-cli/inspect-model/1`
+#[derive(Debug, Serialize)]
+struct ModelReport<'a> {
+    schema: &'static str,
+    path: String,
+    layout: &'static str,
+    model_type: Option<&'a str>,
+    parameters: u64,
+    bytes: u64,
+    dtypes: BTreeMap<&'static str, u64>,
+    shards: Vec<ShardReport<'a>>,
+    notes: Vec<String>,
+    tensors: Vec<TensorReport<'a>>,
+}
+
+#[derive(Debug, Serialize)]
+struct ShardReport<'a> {
+    name: &'a str,
+    bytes: u64,
+    tensors: usize,
+    metadata: BTreeMap<&'a str, &'a str>,
+}
+
+#[derive(Debug, Serialize)]
+struct TensorReport<'a> {
+    name: &'a str,
+    dtype: &'static str,
+    shape: &'a [usize],
+    shard: &'a str,
+}
+
+fn inspect_model(arguments: &Arguments) -> Result<Outcome, Failure> {
+    let model = Checkpoint::open(&arguments.path)?;
+    if arguments.verify {
+        let message = format!("{}: a model records no digest to verify", model.path().display());
+        return Err(Failure::new(message, None));
+    }
+    let mut dtypes: BTreeMap<&'static str, u64> = BTreeMap::new();
+    let mut parameters = 0;
+    let mut bytes = 0;
+    for (_, info) in model.tensors() {
+        *dtypes.entry(info.dtype.name()).or_default() += info.elements();
+        parameters += info.elements();
+        bytes += info.bytes();
+    }
+    let report = ModelReport {
+        schema: "lora-cli/inspect-model/1",
+        path: model.path().display().to_string(),
+        layout: match model.layout() {
+            Layout::File => "file",
+            Layout::Directory => "directory",
+            Layout::Sharded => "sharded",
+        },
+        model_type: model.config().and_then(|config| config.get("model_type")?.as_str()),
+        parameters,
+        bytes,
+        dtypes,
+        shards: model
+            .shards()
+            .iter()
+            .map(|shard| ShardReport {
+                name: &shard.name,
+                bytes: shard.file.file_bytes(),
+                tensors: shard.file.header().tensors.len(),
+                metadata: shard
+                    .file
+                    .header()
+                    .metadata
+                    .iter()
+                    .map(|(key, value)| (key.as_str(), value.as_str()))
+                    .collect(),
+            })
+            .collect(),
+        notes: model.notes().iter().map(ToString::to_string).collect(),
+        tensors: model
+            .tensors()
+            .map(|(location, info)| TensorReport {
+                name: &info.name,
+                dtype: info.dtype.name(),
+                shape: &info.shape,
+                shard: &model.shards()[location.shard].name,
+            })
+            .collect(),
+    };
+    if arguments.json {
+        printer::json(&report)?;
+    } else {
+        printer::data(&model_text(&report))?;
+    }
+    Ok(Outcome::Done)
+}
+
+fn model_text(report: &ModelReport<'_>) -> String {
+    let mut text = format!("{}: model", report.path);
+    if let Some(model_type) = report.model_type {
+        text.push_str(&format!(", {model_type}"));
+    }
+    text.push_str(&format!(
+        "\n{} tensors, {} parameters, {} in {} file{}\n",
+        report.tensors.len(),
+        report.parameters,
+        Bytes(report.bytes),
+        report.shards.len(),
+        if report.shards.len() == 1 { "" } else { "s" }
+    ));
+    for (dtype, elements) in &report.dtypes {
+        text.push_str(&format!("  {dtype}: {elements} elements\n"));
+    }
+    text.push('\n');
+    let mut groups: BTreeMap<(String, String), usize> = BTreeMap::new();
+    for tensor in &report.tensors {
+        let what = format!("{:?} {}", tensor.shape, tensor.dtype);
+        *groups.entry((numberless(tensor.name), what)).or_default() += 1;
+    }
+    let width = groups.keys().map(|key| key.0.chars().count()).max().unwrap_or(0);
+    for ((name, what), count) in &groups {
+        text.push_str(&format!("  {count:>5} × {name:width$}  {what}\n"));
+    }
+    for note in &report.notes {
+        text.push_str(&format!("note: {note}\n"));
+    }
+    text
+}

@@ -1,0 +1,48 @@
+//! One file per subcommand: its arguments, its work, its report.
+
+pub(crate) mod convert;
+pub(crate) mod inspect;
+pub(crate) mod merge;
+pub(crate) mod stamp;
+
+use clap::Args;
+use lora_format::ReadOptions;
+use lora_format::io::atomic::{Durability, Overwrite};
+
+/// What every command that reads an adapter takes.
+#[derive(Debug, Args)]
+pub(crate) struct AdapterArguments {
+    /// The alpha of an adapter whose configuration was lost (scale = alpha/rank)
+    #[arg(long, value_name = "ALPHA", allow_negative_numbers = true)]
+    pub(crate) alpha: Option<f64>,
+    /// Pass over a field of adapter_config.json that is not known here
+    #[arg(long, value_name = "NAME")]
+    pub(crate) ignore_field: Vec<String>,
+}
+
+impl AdapterArguments {
+    pub(crate) fn read_options(&self) -> ReadOptions {
+        ReadOptions { alpha: self.alpha, ignore_fields: self.ignore_field.clone() }
+    }
+}
+
+/// What every command that writes takes.
+#[derive(Debug, Args)]
+pub(crate) struct WriteArguments {
+    /// Replace an existing output
+    #[arg(long)]
+    pub(crate) force: bool,
+    /// Do not wait until the output has reached the disk
+    #[arg(long)]
+    pub(crate) no_fsync: bool,
+}
+
+impl WriteArguments {
+    pub(crate) fn overwrite(&self) -> Overwrite {
+        if self.force { Overwrite::Replace } else { Overwrite::Never }
+    }
+
+    pub(crate) fn durability(&self) -> Durability {
+        if self.no_fsync { Durability::Cached } else { Durability::Fsync }
+    }
+}

@@ -1,0 +1,76 @@
+//! `lora-cli stamp`: records in an adapter which base it belongs to.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use lora_format::checkpoint::Checkpoint;
+use lora_format::native;
+use serde::Serialize;
+
+use super::{AdapterArguments, WriteArguments};
+use crate::failure::{Failure, Outcome};
+use crate::printer;
+
+/// Record sampled values of the base in an adapter, so that merges can tell the right base
+///
+/// The output is of our own format: a PEFT directory has no place for it.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:
+  lora-cli stamp ./my-lora --base Llama-3-8B -o my-lora.safetensors")]
+pub(crate) struct Arguments {
+    /// The adapter
+    adapter: PathBuf,
+    /// The model it was trained on
+    #[arg(long, value_name = "MODEL")]
+    base: PathBuf,
+    /// Where to write
+    #[arg(short, long, value_name = "FILE")]
+    output: PathBuf,
+    #[command(flatten)]
+    write: WriteArguments,
+    #[command(flatten)]
+    adapter_options: AdapterArguments,
+    /// Print a report as JSON on stdout
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// `lora-cli/stamp/1`
+#[derive(Debug, Serialize)]
+struct JsonReport {
+    schema: &'static str,
+    adapter: String,
+    base: String,
+    output: String,
+    targets_sampled: usize,
+    samples: usize,
+}
+
+pub(crate) fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
+    let mut adapter =
+        lora_format::read(&arguments.adapter, &arguments.adapter_options.read_options())?;
+    let base = Checkpoint::open(&arguments.base)?;
+    for note in adapter.notes.iter().chain(base.notes()) {
+        printer::talk(&format!("note: {note}"));
+    }
+    let fingerprint = lora_merge::identity::stamp(&adapter, &base)?;
+    let report = JsonReport {
+        schema: "lora-cli/stamp/1",
+        adapter: arguments.adapter.display().to_string(),
+        base: arguments.base.display().to_string(),
+        output: arguments.output.display().to_string(),
+        targets_sampled: fingerprint.targets.len(),
+        samples: fingerprint.targets.iter().map(|target| target.values.len()).sum(),
+    };
+    adapter.base.fingerprint = Some(fingerprint);
+    let (overwrite, durability) = (arguments.write.overwrite(), arguments.write.durability());
+    native::write(&adapter, &arguments.output, overwrite, durability)?;
+    printer::talk(&format!(
+        "stamped {} with {} values of {} targets → {}",
+        report.adapter, report.samples, report.targets_sampled, report.output
+    ));
+    if arguments.json {
+        printer::json(&report)?;
+    }
+    Ok(Outcome::Done)
+}

@@ -1,0 +1,157 @@
+//! How a command can end, and the hint that gets the user going again.
+
+use std::io;
+
+use lora_format::{DetectProblem, Error as FormatError, IndexProblem};
+use lora_merge::{Error as MergeError, PlanProblem};
+use serde::Serialize;
+
+/// How a command ended well.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    /// It did what it was asked.
+    Done,
+    /// It did, and what it was asked to look for is there.
+    Finding,
+}
+
+/// How a command ended badly.
+#[derive(Debug)]
+pub(crate) enum Failure {
+    /// Something is wrong.
+    Error {
+        /// What and where.
+        message: String,
+        /// What to do about it.
+        hint: Option<String>,
+    },
+    /// The user stopped it.
+    Interrupted,
+    /// The reader of our output went away.
+    ClosedPipe,
+}
+
+/// An error as `--json` prints it.
+#[derive(Debug, Serialize)]
+pub(crate) struct ErrorReport<'a> {
+    schema: &'static str,
+    error: &'a str,
+    hint: Option<&'a str>,
+}
+
+impl<'a> ErrorReport<'a> {
+    pub(crate) fn new(error: &'a str, hint: Option<&'a str>) -> ErrorReport<'a> {
+        ErrorReport { schema: "lora-cli/error/1", error, hint }
+    }
+}
+
+impl Failure {
+    /// A failure without a hint of its own.
+    pub(crate) fn new(message: impl Into<String>, hint: Option<&str>) -> Failure {
+        Failure::Error { message: message.into(), hint: hint.map(str::to_owned) }
+    }
+
+    /// What writing to stdout met.
+    pub(crate) fn from_stdout(error: io::Error) -> Failure {
+        if error.kind() == io::ErrorKind::BrokenPipe {
+            return Failure::ClosedPipe;
+        }
+        Failure::new(format!("cannot write to stdout: {error}"), None)
+    }
+}
+
+impl From<FormatError> for Failure {
+    fn from(error: FormatError) -> Failure {
+        Failure::Error { hint: format_hint(&error), message: error.to_string() }
+    }
+}
+
+impl From<MergeError> for Failure {
+    fn from(error: MergeError) -> Failure {
+        match error {
+            MergeError::Interrupted => Failure::Interrupted,
+            MergeError::Format(error) => error.into(),
+            error => Failure::Error { hint: merge_hint(&error), message: error.to_string() },
+        }
+    }
+}
+
+fn format_hint(error: &FormatError) -> Option<String> {
+    let text = match error {
+        FormatError::AlphaUnknown { .. } => {
+            "give the alpha that the adapter was trained with: --alpha 16"
+        }
+        FormatError::OutputExists { .. } => "choose another -o, or replace it with --force",
+        FormatError::Config { field, .. } if field == "lora_alpha" => {
+            "--alpha replaces an alpha that is missing; --scale makes an adapter stronger or weaker"
+        }
+        FormatError::Unsupported { features, .. }
+            if features.iter().all(|f| f.reason.contains("unknown here")) =>
+        {
+            "if the field cannot matter for the result, pass it over: --ignore-field NAME"
+        }
+        FormatError::Unrecognised { path, problem } => match problem {
+            DetectProblem::NotFound if path.is_relative() && path.components().count() == 2 => {
+                "if this is a name on the Hugging Face Hub, download it first: hf download NAME"
+            }
+            DetectProblem::NotAnAdapter { .. } => {
+                "the order is BASE ADAPTER; is this file perhaps a base model?"
+            }
+            DetectProblem::NoAdapter => {
+                "give the directory that holds adapter_model.safetensors; PEFT saves adapters with \
+                 names of their own in subdirectories"
+            }
+            DetectProblem::SeveralModels { .. } => "name one of the files instead of the directory",
+            _ => return None,
+        },
+        FormatError::Index { problem: IndexProblem::MissingShard { .. }, .. } => {
+            "the download may be incomplete; fetch the model again"
+        }
+        FormatError::Header { problem, .. } if problem.to_string().contains("truncated?") => {
+            "the download may be incomplete; fetch the file again"
+        }
+        FormatError::Io { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
+            "the disk is full; nothing was left behind"
+        }
+        _ => return None,
+    };
+    Some(text.to_owned())
+}
+
+fn merge_hint(error: &MergeError) -> Option<String> {
+    let text = match error {
+        MergeError::DifferentBase { .. } => {
+            "merge into the base that the adapter was trained on; if you are sure, \
+             --allow-different-base"
+        }
+        MergeError::NonFinite { .. } => {
+            "training diverged or the file is damaged; to merge it all the same, --allow-nonfinite"
+        }
+        MergeError::Overflow { .. } => "choose a dtype with a larger range: --dtype bf16 or f32",
+        MergeError::NoSpace { .. } => "write to another file system with -o",
+        MergeError::OutputIsInput { .. } => "choose another -o",
+        MergeError::NotReplaceable { .. } => "choose another -o, or remove the directory yourself",
+        MergeError::Plan { problems, .. } => return problems.iter().find_map(problem_hint),
+        _ => return None,
+    };
+    Some(text.to_owned())
+}
+
+fn problem_hint(problem: &PlanProblem) -> Option<String> {
+    let text = match problem {
+        PlanProblem::Unresolved { .. } => {
+            "is this the base that the adapter was trained on? `lora-cli inspect` shows the names \
+             on both sides"
+        }
+        PlanProblem::Orientation { .. } => {
+            "say how square weights are stored: --fan-in-fan-out true for (in, out) as in GPT-2's \
+             Conv1D, false for (out, in)"
+        }
+        PlanProblem::Quantised { .. } => "merge into the unquantised model it was made from",
+        PlanProblem::Tied { .. } => {
+            "save the base with untied weights first (tie_word_embeddings false, both tensors)"
+        }
+        _ => return None,
+    };
+    Some(text.to_owned())
+}

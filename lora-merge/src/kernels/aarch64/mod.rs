@@ -1,0 +1,38 @@
+//! AArch64: Advanced SIMD and the floating-point control register.
+
+mod control;
+mod neon;
+
+use super::stats::{ConvertStats, TileStats};
+use super::{FloatType, Isa, Tile};
+#[cfg(test)]
+pub(crate) use control::FLUSHING;
+pub(crate) use control::{Control, IEEE, read_control, write_control};
+use neon::Neon;
+
+/// Whether this CPU runs `isa`.
+pub(crate) fn supports(isa: Isa) -> bool {
+    isa == Isa::Neon && Neon::new().is_some()
+}
+
+/// [`merge_tile`](super::merge_tile) if this CPU runs `isa`.
+pub(crate) fn merge_tile(isa: Isa, tile: &Tile<'_>, out: &mut [u8]) -> Option<TileStats> {
+    match isa {
+        Isa::Neon => Some(Neon::new()?.merge_tile(tile, out)),
+        Isa::Scalar | Isa::Avx2 | Isa::Avx512 => None,
+    }
+}
+
+/// [`convert`](super::convert) between different types if this CPU runs `isa`.
+pub(crate) fn convert(
+    isa: Isa,
+    base: &[u8],
+    base_type: FloatType,
+    out: &mut [u8],
+    out_type: FloatType,
+) -> Option<ConvertStats> {
+    match isa {
+        Isa::Neon => Some(Neon::new()?.convert(base, base_type, out, out_type)),
+        Isa::Scalar | Isa::Avx2 | Isa::Avx512 => None,
+    }
+}

@@ -1,0 +1,202 @@
+//! From Δ to stored bytes and statistics, for one unit at full speed.
+
+use super::super::UNIT_ROWS;
+use super::super::factors::{GROUPS, LANES, PANEL};
+use super::super::scalar::Delta;
+use super::super::stats::LaneSums;
+use super::super::vector::Vector;
+use super::element::Element;
+use super::product::Block;
+
+/// Δ of a whole unit, on either path.
+pub(super) trait Deltas: Copy {
+    /// Sixteen lanes of `base + Δ` and Δ, each rounded once to `f32`.
+    fn add<V: Vector>(
+        self,
+        v: V,
+        base: V::Floats,
+        row: usize,
+        group: usize,
+    ) -> (V::Floats, V::Floats);
+
+    /// Δ of one element, for [`scalar`](super::super::scalar).
+    fn get(self, row: usize, column: usize) -> Delta;
+}
+
+/// Δ on [`Path::F32`](super::super::Path).
+#[derive(Clone, Copy)]
+pub(super) struct Single<'a>(pub(super) &'a Block<f32>);
+
+impl Deltas for Single<'_> {
+    #[inline(always)]
+    fn add<V: Vector>(
+        self,
+        v: V,
+        base: V::Floats,
+        row: usize,
+        group: usize,
+    ) -> (V::Floats, V::Floats) {
+        let delta = v.load(&self.0.0[row][group]);
+        (v.add(base, delta), delta)
+    }
+
+    #[inline(always)]
+    fn get(self, row: usize, column: usize) -> Delta {
+        Delta::Single(self.0.0[row][column / LANES][column % LANES])
+    }
+}
+
+/// Δ on [`Path::F64`](super::super::Path).
+#[derive(Clone, Copy)]
+pub(super) struct Double<'a> {
+    pub(super) sums: &'a Block<f64>,
+    pub(super) scale: f64,
+}
+
+impl Deltas for Double<'_> {
+    #[inline(always)]
+    fn add<V: Vector>(
+        self,
+        v: V,
+        base: V::Floats,
+        row: usize,
+        group: usize,
+    ) -> (V::Floats, V::Floats) {
+        let sum = v.load_f64(&self.sums.0[row][group]);
+        let scale = v.splat_f64(self.scale);
+        let total = v.mul_add_f64(scale, sum, v.widen(base));
+        (v.narrow(total), v.narrow(v.mul_f64(scale, sum)))
+    }
+
+    #[inline(always)]
+    fn get(self, row: usize, column: usize) -> Delta {
+        Delta::Double {
+            sum: self.sums.0[row][column / LANES][column % LANES],
+            scale: self.scale,
+        }
+    }
+}
+
+/// The bytes of a unit: whole panel rows, `stride` elements apart.
+pub(super) struct Rows<Bytes> {
+    pub(super) bytes: Bytes,
+    pub(super) stride: usize,
+}
+
+impl Rows<&[u8]> {
+    #[inline(always)]
+    fn row<E: Element>(&self, row: usize) -> &[u8] {
+        let size = E::TYPE.size();
+        &self.bytes[row * self.stride * size..][..PANEL * size]
+    }
+}
+
+impl Rows<&mut [u8]> {
+    #[inline(always)]
+    fn row<E: Element>(&mut self, row: usize) -> &mut [u8] {
+        let size = E::TYPE.size();
+        &mut self.bytes[row * self.stride * size..][..PANEL * size]
+    }
+}
+
+/// What the fast path found in a unit it vouches for.
+pub(super) struct Finished {
+    pub(super) sums: LaneSums,
+    pub(super) changed: u32,
+}
+
+/// Writes a unit, or gives up: `None` means that some Δ is zero or that
+/// something is not finite, and that the bytes written do not count.
+///
+/// `PARTIAL` units have fewer than [`PANEL`] columns; the others hold zeros in
+/// `base` and in Δ, which leave no trace in the statistics.
+#[inline(always)]
+pub(super) fn finish<V: Vector, B: Element, O: Element, const PARTIAL: bool>(
+    v: V,
+    deltas: impl Deltas,
+    base: &Rows<&[u8]>,
+    out: &mut Rows<&mut [u8]>,
+    rows: usize,
+    columns: usize,
+) -> Option<Finished> {
+    let mut dot = v.splat(0.0);
+    let mut realised_sq = v.splat(0.0);
+    let mut wanted_sq = v.splat(0.0);
+    let mut sound = v.beyond(0);
+    let mut unchanged = 0;
+    for row in 0..rows.min(UNIT_ROWS) {
+        if !PARTIAL {
+            let b = base.bytes.as_ptr().wrapping_add((row * base.stride + 2 * PANEL) * B::TYPE.size());
+            let o = out.bytes.as_ptr().wrapping_add((row * out.stride + 2 * PANEL) * O::TYPE.size());
+            #[allow(unsafe_code)]
+            unsafe { use std::arch::x86_64::*; _mm_prefetch::<_MM_HINT_T0>(b.cast()); _mm_prefetch::<_MM_HINT_T0>(b.wrapping_add(64).cast()); _mm_prefetch::<_MM_HINT_ET0>(o.cast()); _mm_prefetch::<_MM_HINT_ET0>(o.wrapping_add(64).cast()); }
+        }
+        let base = base.row::<B>(row);
+        let out = out.row::<O>(row);
+        for group in 0..GROUPS {
+            let base = B::load(v, base, group);
+            let (mut total, wanted) = deltas.add(v, base, row, group);
+
+            let mut nonzero = v.is_nonzero(wanted);
+            let mut ties = O::ties(v, total);
+            if PARTIAL {
+                let padding = v.beyond(columns.saturating_sub(group * LANES));
+                nonzero = v.or(nonzero, padding);
+                ties = v.and(ties, v.not(padding));
+            }
+            sound = v.and(sound, nonzero);
+            if B::TYPE != O::TYPE {
+                sound = v.and(sound, O::keeps_nans(v, total));
+            }
+
+            if v.any(ties) {
+                total = settle::<V, O>(v, base, |lane| deltas.get(row, group * LANES + lane));
+            }
+            let (merged, packed) = O::round_untied(v, total);
+            O::store(v, packed, out, group);
+
+            let unmerged = if B::TYPE == O::TYPE {
+                base
+            } else {
+                O::round(v, base).0
+            };
+            let realised = v.sub(merged, unmerged);
+            dot = v.mul_add(realised, wanted, dot);
+            realised_sq = v.mul_add(realised, realised, realised_sq);
+            wanted_sq = v.mul_add(wanted, wanted, wanted_sq);
+            unchanged += v.count(v.are_equal(v.to_bits(merged), v.to_bits(unmerged)));
+        }
+    }
+    // A square is infinite or NaN if anything was, and a sum of squares stays
+    // so: x − x tells, without a test for every element.
+    let trace = v.add(v.sub(realised_sq, realised_sq), v.sub(wanted_sq, wanted_sq));
+    if v.any(v.not(v.and(sound, v.is_number(trace)))) {
+        return None;
+    }
+    let mut sums = LaneSums::ZERO;
+    v.store(dot, &mut sums.dot);
+    v.store(realised_sq, &mut sums.realised_sq);
+    v.store(wanted_sq, &mut sums.wanted_sq);
+    let lanes = (rows.min(UNIT_ROWS) * PANEL) as u32;
+    Some(Finished {
+        sums,
+        changed: lanes - unchanged,
+    })
+}
+
+/// The rounded values of sixteen lanes among which some may be ties, as `f32`:
+/// rounding them again changes nothing.
+#[cold]
+#[inline(always)]
+fn settle<V: Vector, O: Element>(
+    v: V,
+    base: V::Floats,
+    delta: impl Fn(usize) -> Delta,
+) -> V::Floats {
+    let mut lanes = [0.0; LANES];
+    v.store(base, &mut lanes);
+    for (lane, value) in lanes.iter_mut().enumerate() {
+        *value = O::TYPE.decode(O::TYPE.encode(delta(lane).added_to_once(*value)));
+    }
+    v.load(&lanes)
+}

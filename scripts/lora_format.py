@@ -1,0 +1,515 @@
+#!/usr/bin/env python3
+"""The lora adapter format in NumPy: a second implementation of docs/FORMAT.md.
+
+Written from the specification, to test the first one against. It reads
+strictly (`read` refuses whatever the rules refuse, and says which rule), writes
+the one byte sequence the rules allow, and computes deltas in f64.
+
+    lora_format.py read FILE...         describe each file as JSON
+    lora_format.py rewrite IN OUT...    read and write again
+    lora_format.py make OUT_DIR         the test vectors (make_native_fixtures.py)
+"""
+
+import base64
+import hashlib
+import json
+import math
+import re
+import struct
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+MAX_HEADER, MAX_CONFIG, MAX_NAME = 100_000_000, 32 << 20, 16 << 10
+MAX_TENSORS, MAX_DIMENSIONS, MAX_METADATA, MAX_RANK = 1_000_000, 16, 100_000, 65_536
+# In the order of F4, with the bits of an element.
+DTYPES = dict(BOOL=8, F4=4, F6_E2M3=6, F6_E3M2=6, U8=8, I8=8, F8_E5M2=8, F8_E4M3=8,
+              F8_E8M0=8, F8_E4M3FNUZ=8, F8_E5M2FNUZ=8, I16=16, U16=16, F16=16, BF16=16,
+              I32=32, U32=32, F32=32, C64=64, F64=64, I64=64, U64=64)  # fmt: skip
+ORDER = {name: at for at, name in enumerate(DTYPES)}
+FLOATS = ("F32", "F16", "BF16")
+RULES = {
+    "alpha/rank": lambda alpha, rank: alpha / rank,
+    "alpha/sqrt-rank": lambda alpha, rank: alpha / math.sqrt(rank),
+    "direct": lambda alpha, rank: alpha,
+}
+FEATURES = {"low-rank"}
+GOLDEN = 0x9E3779B97F4A7C15
+
+
+class Refused(ValueError):
+    """A file that a reader must refuse, with the rule that it breaks."""
+
+    def __init__(self, rule, message):
+        super().__init__(f"{rule}: {message}")
+        self.rule = rule
+
+
+def check(condition, rule, message):
+    if not condition:
+        raise Refused(rule, message)
+
+
+# ---------------------------------------------------------------- the model
+
+
+@dataclass
+class Tensor:
+    dtype: str
+    shape: list
+    data: bytes
+
+    def values(self):
+        """The elements as float32, exactly."""
+        if self.dtype == "BF16":
+            flat = (np.frombuffer(self.data, "<u2").astype("<u4") << 16).view("<f4")
+        else:
+            flat = np.frombuffer(self.data, {"F16": "<f2", "F32": "<f4"}[self.dtype]).astype("<f4")
+        return flat.reshape(self.shape)
+
+
+@dataclass
+class Component:
+    module: str
+    a: Tensor
+    b: Tensor
+    alpha: float
+    rule: str
+
+    @property
+    def rank(self):
+        return self.a.shape[0]
+
+    @property
+    def scale(self):
+        return RULES[self.rule](float(self.alpha), self.rank)
+
+    def stored_alpha(self):
+        """F9: s·rank, rounded once to f32."""
+        with np.errstate(over="ignore"):
+            return np.float32(self.scale * self.rank)
+
+
+@dataclass
+class Adapter:
+    components: list
+    base: dict = field(default_factory=dict)  # name, revision, fingerprint
+    fan_in_fan_out: bool | None = None
+    source: dict | None = None
+    extensions: dict = field(default_factory=dict)
+    metadata: dict = field(default_factory=dict)  # the user's entries
+    digest: str = ""
+    digest_matches: bool = True
+
+
+def delta(component):
+    """s·B·A in f64 (F7), as [out, in]."""
+    a, b = (t.values().astype(np.float64) for t in (component.a, component.b))
+    return component.scale * (b @ a)
+
+
+# ---------------------------------------------------------------- JSON
+
+
+def parse(text, rule, what):
+    """JSON as RFC 8259 has it: no NaN, no number beyond f64, no key twice (F2)."""
+
+    def unique(pairs):
+        keys = Counter(key for key, _ in pairs)
+        twice = [key for key, count in keys.items() if count > 1]
+        check(not twice, "F2", f"{what}: the key {twice[:1]} appears twice")
+        return dict(pairs)
+
+    def integer(digits):
+        value = int(digits)
+        return value if digits != "-0" and -(1 << 63) <= value < 1 << 64 else number(digits)
+
+    def number(digits):
+        value = float(digits)
+        check(math.isfinite(value), rule, f"{what}: {digits} is not a number of f64")
+        return value
+
+    try:
+        value = json.loads(text, object_pairs_hook=unique, parse_int=integer,
+                           parse_float=number, parse_constant=number)  # fmt: skip
+        json.dumps(value, ensure_ascii=False).encode()  # no lone surrogates
+    except Refused:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise Refused(rule, f"{what}: {error}") from None
+    return value
+
+
+def number_text(value):
+    """The shortest decimal; plain from 1e-5 up to below 1e16, else d.ddde±x."""
+    if isinstance(value, int):
+        return str(value)
+    sign, digits, exponent = re.fullmatch(
+        r"(-?)([\d.]+)e([+-]\d+)", np.format_float_scientific(value, trim="-")
+    ).groups()
+    digits, point = digits.replace(".", ""), int(exponent) + 1
+    if 0 < point <= 16:
+        whole = digits[:point].ljust(point, "0")
+        return f"{sign}{whole}.{digits[point:] or 0}"
+    if -5 < point <= 0:
+        return f"{sign}0." + "0" * -point + digits
+    return f"{sign}{digits[0]}{'.' if digits[1:] else ''}{digits[1:]}e{point - 1:+d}"
+
+
+def compact(value):
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{compact(k)}:{compact(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(compact, value)) + "]"
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return number_text(value)
+    return json.dumps(value, ensure_ascii=False)
+
+
+# ---------------------------------------------------------------- reading
+
+
+def whole(value):
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 64
+
+
+def read_container(path):
+    """(tensors by name, metadata, data), or Refused (F1, F2, F6)."""
+    raw = Path(path).read_bytes()
+    check(len(raw) >= 8, "F1", "shorter than the header's length")
+    (length,) = struct.unpack("<Q", raw[:8])
+    check(length <= MAX_HEADER, "F1", f"a header of {length} bytes")
+    check(8 + length <= len(raw), "F1", "the header ends after the file")
+    text, data = raw[8 : 8 + length], raw[8 + length :]
+    check(text.startswith(b"{"), "F1", "the header does not begin with {")
+    try:
+        header = parse(text.decode(), "F1", "the header")
+    except UnicodeDecodeError as error:
+        raise Refused("F1", f"the header: {error}") from None
+    metadata = header.pop("__metadata__", {})
+    check(isinstance(metadata, dict), "F1", "__metadata__ is no object")
+    check(all(isinstance(v, str) for v in metadata.values()), "F1", "metadata not of strings")
+    check(len(metadata) <= MAX_METADATA, "F6", f"{len(metadata)} metadata entries")
+    check(len(header) <= MAX_TENSORS, "F6", f"{len(header)} tensors")
+    tensors, spans = {}, []
+    for name, entry in header.items():
+        check(len(name.encode()) <= MAX_NAME, "F6", "a tensor name over 16 KiB")
+        check(
+            isinstance(entry, dict) and entry.keys() == {"dtype", "shape", "data_offsets"},
+            "F1",
+            f"{name}: not dtype, shape and data_offsets",
+        )
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        check(isinstance(dtype, str) and dtype in DTYPES, "F1", f"{name}: dtype {dtype}")
+        for numbers in (shape, offsets):
+            check(isinstance(numbers, list) and all(map(whole, numbers)), "F1", f"{name}: {entry}")
+        check(len(shape) <= MAX_DIMENSIONS, "F6", f"{name}: {len(shape)} dimensions")
+        check(len(offsets) == 2 and offsets[0] <= offsets[1], "F1", f"{name}: {offsets}")
+        bits = math.prod(shape) * DTYPES[dtype]
+        check(bits == 8 * (offsets[1] - offsets[0]), "F1", f"{name}: size and shape disagree")
+        tensors[name] = Tensor(dtype, shape, data[slice(*offsets)])
+        spans.append(offsets)
+    at = 0
+    for start, end in sorted(spans):
+        check(start == at, "F1", f"a hole or an overlap at byte {start} of the data")
+        at = end
+    check(at == len(data), "F1", f"the tensors end at {at}, the data at {len(data)}")
+    return tensors, metadata, data
+
+
+def member(value, name, kind, *, required=False, rule="F3"):
+    check(name in value or not required, rule, f"`{name}` is missing")
+    found = value.get(name)
+    wrong = name in value and (not isinstance(found, kind) or isinstance(found, bool) != (kind is bool))
+    check(not wrong, rule, f"`{name}` is {found!r}")
+    return found
+
+
+def closed(value, names, what, rule="F3"):
+    """F21 opens only the top level and `base` to members that are not known."""
+    check(isinstance(value, dict), rule, f"{what} is no object")
+    unknown = value.keys() - set(names)
+    check(not unknown, "F21", f"{what}: unknown members {sorted(unknown)}")
+
+
+def read_scaling(value):
+    closed(value, ("alpha", "rule"), "scaling")
+    alpha = member(value, "alpha", (int, float), required=True, rule="F12")
+    rule = member(value, "rule", str, required=True, rule="F12")
+    check(rule in RULES, "F12", f"the rule {rule!r} is not known")
+    return float(alpha), rule
+
+
+def read_fingerprint(value):
+    """Whether its algorithm is known."""
+    algorithm = member(value, "algorithm", str, required=True, rule="F17")
+    if algorithm != "samples-1":
+        return False
+    closed(value, ("algorithm", "targets"), "fingerprint")
+    for target in member(value, "targets", list, required=True, rule="F17"):
+        closed(target, ("target", "dtype", "shape", "values"), "a fingerprint's target")
+        member(target, "target", str, required=True, rule="F17")
+        check(target.get("dtype") in FLOATS, "F17", f"dtype {target.get('dtype')}")
+        shape = member(target, "shape", list, required=True, rule="F17")
+        check(all(map(whole, shape)), "F17", f"shape {shape}")
+        try:
+            samples = base64.b64decode(member(target, "values", str, required=True), validate=True)
+        except ValueError:
+            samples = b""
+        count = 16 if math.prod(shape) else 0
+        check(len(samples) == 4 * count, "F17", "values are not 16 f32 in base64")
+    return True
+
+
+def read(path):
+    tensors, metadata, data = read_container(path)
+    check("lora_format" in metadata, "F3", "no lora_format in __metadata__")
+    check(metadata.pop("format", None) == "pt", "F3", "`format` is not `pt`")
+    text = metadata.pop("lora_format")
+    check(len(text.encode()) <= MAX_CONFIG, "F6", "a configuration over 32 MiB")
+    config = parse(text, "F3", "the configuration")
+    check(isinstance(config, dict), "F3", "the configuration is no object")
+
+    version = member(config, "version", str, required=True, rule="F20")
+    check(re.fullmatch(r"1\.\d+(-[0-9A-Za-z.-]+)?", version), "F20", f"version {version}")
+    requires = member(config, "requires", list, required=True, rule="F20")
+    unknown = [name for name in requires if not isinstance(name, str) or name not in FEATURES]
+    check(not unknown, "F20", f"requires {unknown}")
+    check(requires == sorted(FEATURES), "F20", f"requires {requires}, uses low-rank")
+    digest = member(config, "digest", str, required=True, rule="F23")
+    check(re.fullmatch("sha256:[0-9a-f]{64}", digest), "F23", f"digest {digest}")
+
+    check("scaling" in config, "F12", "`scaling` is missing")
+    default = read_scaling(config["scaling"])
+    scalings = {}
+    for override in member(config, "overrides", list) or []:
+        closed(override, ("scaling", "modules"), "an override")
+        scaling = read_scaling(override.get("scaling"))
+        for module in member(override, "modules", list, required=True, rule="F13"):
+            check(isinstance(module, str), "F13", f"a module is {module!r}")
+            check(module not in scalings, "F13", f"`{module}` is in two overrides")
+            scalings[module] = scaling
+
+    base = member(config, "base", dict) or {}
+    base = {k: base[k] for k in ("name", "revision", "fingerprint") if k in base}
+    member(base, "name", str)
+    member(base, "revision", str)
+    if member(base, "fingerprint", dict) is not None and not read_fingerprint(base["fingerprint"]):
+        del base["fingerprint"]
+    source = member(config, "source", dict)
+    if source is not None:
+        closed(source, ("format", "config"), "source")
+        member(source, "format", str, required=True)
+        member(source, "config", dict, required=True)
+    extensions = member(config, "extensions", dict) or {}
+    for name, extension in extensions.items():
+        check(re.fullmatch(r"[^.]+\..+", name), "F22", f"{name!r} is not vendor.name")
+        closed(extension, ("copy", "value"), f"the extension {name}", "F22")
+        check(extension.get("copy") in ("safe", "unsafe"), "F22", f"{name}: copy is neither")
+        check("value" in extension, "F22", f"{name}: no value")
+
+    modules = {}
+    for name, tensor in tensors.items():
+        match = re.fullmatch(r"(.+)\.(lora_A\.weight|lora_B\.weight|alpha)", name, re.DOTALL)
+        check(match, "F11", f"`{name}` belongs to no component")
+        modules.setdefault(match[1], {})[match[2]] = tensor
+    check(not scalings.keys() - modules.keys(), "F11", "an override without tensors")
+    components = []
+    for module, roles in sorted(modules.items()):
+        a, b = roles.get("lora_A.weight"), roles.get("lora_B.weight")
+        check(a and b, "F11", f"`{module}` lacks a factor")
+        for factor in (a, b):
+            check(factor.dtype in FLOATS, "F7", f"`{module}`: dtype {factor.dtype}")
+            check(len(factor.shape) == 2, "F7", f"`{module}`: shape {factor.shape}")
+        check(a.shape[0] == b.shape[1], "F7", f"`{module}`: the ranks differ")
+        check(1 <= a.shape[0] <= MAX_RANK, "F6", f"`{module}`: rank {a.shape[0]}")
+        component = Component(module, a, b, *scalings.get(module, default))
+        check(math.isfinite(component.scale), "F12", f"`{module}`: scale {component.scale}")
+        alpha = roles.get("alpha")
+        check(alpha, "F9", f"`{module}.alpha` is missing")
+        check((alpha.dtype, alpha.shape) == ("F32", []), "F9", f"`{module}.alpha` is no F32 scalar")
+        expected = component.stored_alpha()
+        check(np.isfinite(expected), "F9", f"`{module}`: s·rank is beyond f32")
+        check(alpha.values() == expected, "F9", f"`{module}.alpha` is {alpha.values()}, not {expected}")
+        components.append(component)
+    check(components, "F11", "no components")
+    fan_in_fan_out = member(config, "fan_in_fan_out", bool)
+    matches = digest == "sha256:" + hashlib.sha256(data).hexdigest()
+    return Adapter(components, base, fan_in_fan_out, source, extensions, metadata, digest, matches)
+
+
+# ---------------------------------------------------------------- writing
+
+
+def scaling_value(alpha, rule):
+    """F14: integral alphas below 2^53 as integers."""
+    alpha = float(alpha)
+    minus_zero = alpha == 0 and math.copysign(1, alpha) < 0
+    integral = alpha.is_integer() and abs(alpha) < 1 << 53 and not minus_zero
+    return {"alpha": int(alpha) if integral else alpha, "rule": rule}
+
+
+def encode(adapter):
+    """The bytes of the file (F4, F5)."""
+    tensors = {}
+    groups = {}
+    for component in adapter.components:
+        module = component.module
+        tensors[f"{module}.lora_A.weight"] = component.a
+        tensors[f"{module}.lora_B.weight"] = component.b
+        tensors[f"{module}.alpha"] = Tensor("F32", [], component.stored_alpha().tobytes())
+        (bits,) = struct.unpack("<Q", struct.pack("<d", component.alpha))
+        groups.setdefault((component.rule, bits, float(component.alpha)), []).append(module)
+    stored = sorted(tensors.items(), key=lambda t: (-ORDER[t[1].dtype], t[0]))
+    data = b"".join(tensor.data for _, tensor in stored)
+
+    # F13: the most common scaling, and the first of equally common ones, is the default.
+    ordered = sorted(groups, key=lambda key: list(RULES).index(key[0]) << 64 | key[1])
+    default = max(ordered, key=lambda key: len(groups[key]))
+    config = {
+        "version": "1.0-draft",
+        "requires": ["low-rank"],
+        "digest": "sha256:" + hashlib.sha256(data).hexdigest(),
+        "scaling": scaling_value(default[2], default[0]),
+        "overrides": [
+            {"scaling": scaling_value(key[2], key[0]), "modules": sorted(groups[key])}
+            for key in ordered
+            if key != default
+        ],
+        "fan_in_fan_out": adapter.fan_in_fan_out,
+        "base": {k: adapter.base[k] for k in ("name", "revision", "fingerprint") if k in adapter.base},
+        "source": adapter.source,
+        "extensions": adapter.extensions,
+    }
+    config = {k: v for k, v in config.items() if v is not None and v != [] and v != {}}
+    metadata = adapter.metadata | {"format": "pt", "lora_format": compact(config)}
+    header = {"__metadata__": dict(sorted(metadata.items()))}
+    at = 0
+    for name, tensor in stored:
+        offsets = [at, at + len(tensor.data)]
+        header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}
+        at = offsets[1]
+    text = compact(header).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def write(path, adapter):
+    Path(path).write_bytes(encode(adapter))
+
+
+# ---------------------------------------------------------------- the base's identity
+
+
+def positions(count):
+    return [((i + 1) * GOLDEN % (1 << 64)) * count >> 64 for i in range(16)]
+
+
+def samples(tensor):
+    count = math.prod(tensor.shape)
+    return tensor.values().reshape(-1)[positions(count) if count else []]
+
+
+def fingerprint(modules, base):
+    """F17, from the base's tensors by name."""
+    modules = sorted(modules)
+    m = min(len(modules), 64)
+    targets = []
+    for name in (f"{modules[i * len(modules) // m]}.weight" for i in range(m)):
+        values = base64.b64encode(samples(base[name]).astype("<f4").tobytes()).decode()
+        targets.append({"target": name, "dtype": base[name].dtype,
+                        "shape": list(base[name].shape), "values": values})  # fmt: skip
+    return {"algorithm": "samples-1", "targets": targets}
+
+
+def rounded(values, dtype):
+    """Values of f32 at the nearest of another dtype, ties to even."""
+    if dtype == "F16":
+        with np.errstate(over="ignore"):
+            return values.astype(np.float16).astype(np.float32)
+    if dtype == "BF16":
+        bits = values.view(np.uint32).astype(np.uint64)
+        bits = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000
+        return bits.astype(np.uint32).view(np.float32)
+    return values
+
+
+def compare(stored, base):
+    """F18: same, same-re-encoded, different or unknown."""
+    if stored is None or stored["algorithm"] != "samples-1":
+        return "unknown"
+    seen, same_dtypes = False, True
+    for target in stored["targets"]:
+        tensor = base.get(target["target"])
+        if tensor is None or tensor.dtype not in FLOATS:
+            continue
+        seen = True
+        theirs = np.frombuffer(base64.b64decode(target["values"]), "<f4")
+        if list(tensor.shape) != target["shape"]:
+            return "different"
+        ours = samples(tensor)
+        agrees = (ours == theirs) | (rounded(ours, target["dtype"]) == theirs)
+        agrees |= ours == rounded(theirs, tensor.dtype)
+        if not agrees.all():
+            return "different"
+        same_dtypes &= tensor.dtype == target["dtype"]
+    if not seen:
+        return "unknown"
+    return "same" if same_dtypes else "same-re-encoded"
+
+
+# ---------------------------------------------------------------- command line
+
+
+def describe(adapter):
+    def factor(tensor):
+        return {"dtype": tensor.dtype, "shape": tensor.shape,
+                "sha256": hashlib.sha256(tensor.data).hexdigest()}  # fmt: skip
+
+    return {
+        "modules": [
+            {"module": c.module, "rank": c.rank, "alpha": float(c.alpha), "rule": c.rule,
+             "scale": c.scale, "a": factor(c.a), "b": factor(c.b)}  # fmt: skip
+            for c in adapter.components
+        ],
+        "fan_in_fan_out": adapter.fan_in_fan_out,
+        "base": {k: adapter.base.get(k) for k in ("name", "revision", "fingerprint")},
+        "source": adapter.source,
+        "extensions": adapter.extensions,
+        "metadata": dict(sorted(adapter.metadata.items())),
+        "digest": adapter.digest,
+        "digest_matches": adapter.digest_matches,
+    }
+
+
+def main(arguments):
+    match arguments:
+        case ["read", *paths] if paths:
+            refused = False
+            for path in paths:
+                try:
+                    found = describe(read(path))
+                except Refused as error:
+                    found, refused = {"refused": error.rule, "why": str(error)}, True
+                text = json.dumps(found, indent=1, ensure_ascii=False)
+                sys.stdout.buffer.write(text.encode() + b"\n")
+            sys.exit(refused)
+        case ["rewrite", *paths] if paths and len(paths) % 2 == 0:
+            for source, destination in zip(paths[::2], paths[1::2]):
+                write(destination, read(source))
+        case ["make", out]:
+            import make_native_fixtures
+
+            make_native_fixtures.make(Path(out))
+        case _:
+            sys.exit(__doc__)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except Refused as refused:
+        sys.exit(str(refused))

@@ -1,0 +1,423 @@
+#!/usr/bin/env python3
+"""Writes fixtures/native/: the test vectors of docs/FORMAT.md.
+
+NumPy only, no randomness: two runs give the same bytes. Each file has its
+description beside it; `bad/` holds one file per rule that a reader must refuse.
+
+    python3 scripts/make_native_fixtures.py            rewrite fixtures/native
+    python3 scripts/make_native_fixtures.py --check    regenerate elsewhere, compare
+"""
+
+import argparse
+import copy
+import json
+import math
+import shutil
+import struct
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+import lora_format as lf
+from lora_format import Adapter, Component, Tensor
+
+NATIVE = Path(__file__).resolve().parent.parent / "fixtures" / "native"
+
+
+# ---------------------------------------------------------------- tensors
+
+
+def tensor(dtype, *shape, seed=1):
+    """Values in (-1, 1) that fill the mantissa, by a multiplicative hash."""
+    index = np.arange(math.prod(shape), dtype=np.uint64) + np.uint64(seed * 7919)
+    hashed = (index * np.uint64(lf.GOLDEN)) >> np.uint64(40)
+    values = (hashed.astype(np.float64) / 2**23 - 1).astype(np.float32)
+    if dtype == "BF16":
+        data = (lf.rounded(values, dtype).view("<u4") >> 16).astype("<u2").tobytes()
+    else:
+        data = values.astype({"F32": "<f4", "F16": "<f2"}[dtype]).tobytes()
+    return Tensor(dtype, list(shape), data)
+
+
+def component(module, rank=2, alpha=16.0, rule="alpha/rank", dtypes="F32", shape=(4, 3), seed=1):
+    """`dtypes` is that of both factors, or those of A and B."""
+    a, b = dtypes.split() * 2 if " " not in dtypes else dtypes.split()
+    a = tensor(a, rank, shape[1], seed=2 * seed)
+    return Component(module, a, tensor(b, shape[0], rank, seed=2 * seed + 1), float(alpha), rule)
+
+
+# ---------------------------------------------------------------- well-formed files
+
+
+def layers(count=2, **keywords):
+    return [component(f"model.layers.{i}.q_proj", seed=i, **keywords) for i in range(count)]
+
+
+def fingerprinted():
+    """An adapter, and the base that it was made for."""
+    components = layers(3)
+    shapes = [(4, 3), (1, 5), (64, 32)]
+    base = {
+        f"{c.module}.weight": tensor(dtype, *shape, seed=50 + i)
+        for i, (c, shape, dtype) in enumerate(zip(components, shapes, ("F32", "BF16", "F16")))
+    }
+    for c, shape in zip(components, shapes):
+        c.a, c.b = tensor("F32", 2, shape[1], seed=3), tensor("F32", shape[0], 2, seed=4)
+    identity = {
+        "name": "/home/trainer/models/tiny",
+        "revision": "8e5b9b4",
+        "fingerprint": lf.fingerprint([c.module for c in components], base),
+    }
+    return Adapter(components, base=identity), base
+
+
+PEFT = {
+    "alpha_pattern": {},
+    "base_model_name_or_path": "gpt2",
+    "corda_config": None,
+    "fan_in_fan_out": True,
+    "lora_alpha": 16,
+    "lora_dropout": 0.05,
+    "peft_type": "LORA",
+    "r": 2,
+    "rank_pattern": {},
+    "target_modules": ["c_attn"],
+    "use_rslora": False,
+}
+NUMBERS = [0, -0.0, 1, -1, 1.0, 100.0, 0.1, 1e-4, 1e-5, 1.5e-5, 1e-6, 1.25e-7, 1e15, 1e16, 1e17,
+           1.5e16, 123456789012345680.0, 1e21, 1e22, 5e-324, 1.7976931348623157e308, -2.5e-300,
+           2**53, -(2**63), 2**64 - 1, 1 / 3, 2.0**53 + 2]  # fmt: skip
+MIXED = [
+    component("m.a", 1, 0.1, dtypes="BF16", seed=1),
+    component("m.b", 3, 1.5, dtypes="F16", seed=2),
+    component("m.c", 8, 16, dtypes="F32", shape=(5, 7), seed=3),
+    component("m.d", 2, 16, dtypes="BF16 F32", seed=4),
+    component("m.e", 3, -3, dtypes="F32 F16", seed=5),
+    component("m.f", 7, 0.1, dtypes="F16 BF16", shape=(1, 1), seed=6),
+    component("m.g", 5, 16, dtypes="BF16", seed=7),
+    component("m.h", 3, 1e-7, seed=8),
+]
+ALPHAS = [0.0, -0.0, 2.0**53 - 1, 2.0**53, -(2.0**53), 1e-45, 1e22, 1 / 3, -1.5]
+UNICODE = ["modèle.couche.0", "模型.层.1", "😀.q", "\uffee.q", 'quote".\\back', "tab\t.\u0001\u007f", "e\u0301.é"]
+
+
+def vectors():
+    """{name: (adapter, what it exercises)}"""
+    extensions = {
+        "example.note": {"copy": "safe", "value": "kept by every program"},
+        "example.statistics": {"copy": "unsafe", "value": {"norm": 0.25, "steps": [1, 2, None, True]}},
+    }
+    metadata = {"": "an empty key", "zebra": "last", "Über": "ümlaut", "😀": "\n\t\"\\\u0000\u001f\u2028", "\uffee": ""}
+    return {
+        "plain": (Adapter(layers()), "two targets, F32, one scaling"),
+        "bf16": (Adapter(layers(dtypes="BF16")), "BF16 factors beside F32 alphas (F4's order)"),
+        "f16": (Adapter(layers(dtypes="F16")), "F16 factors beside F32 alphas (F4's order)"),
+        "mixed": (Adapter(copy.deepcopy(MIXED)),
+                  "every dtype, several ranks, overrides, alphas that are no integers"),
+        "rslora": (Adapter(layers(rank=3, rule="alpha/sqrt-rank")), "alpha/sqrt-rank: √3"),
+        "direct": (Adapter([component("a", 3, 0.3, "direct"), component("b", 3, 0.3, "direct"),
+                            component("c", 3, 8, "alpha/rank"), component("d", 2, 8, "alpha/sqrt-rank")]),
+                   "direct by default, the other rules in overrides"),
+        "tie": (Adapter([component("a", alpha=8, rule="direct"), component("b", alpha=-8), component("c", alpha=8),
+                         component("d", alpha=8, rule="alpha/sqrt-rank")]),
+                "four scalings, equally common: the first by (rule, alpha's bits) is the default (F13)"),
+        "alphas": (Adapter([component(f"m{i}", alpha=a) for i, a in enumerate(ALPHAS)]),
+                   "alphas of every notation (F14)"),
+        "rounding": (Adapter([component(f"m{rank}", rank, 0.1 * rank, shape=(1, 1)) for rank in (3, 6, 11, 49)]),
+                     "s·rank is not alpha in f64, and is rounded once to f32 (F9)"),
+        "base-name": (Adapter(layers(1), base={"name": "meta-llama/Llama-3.2-1B", "revision": "main"}),
+                      "a base's name and revision, no fingerprint"),
+        "fingerprint": (fingerprinted()[0], "the identity of `base/fingerprint.safetensors` (F17)"),
+        "extensions": (Adapter(layers(1), extensions=extensions), "a safe and an unsafe extension (F22)"),
+        "numbers": (Adapter(layers(1), extensions={"example.numbers": {"copy": "safe", "value": NUMBERS}}),
+                    "how numbers are written"),
+        "unicode": (Adapter([component(name, alpha=alpha, seed=i) for i, name in enumerate(UNICODE)
+                             for alpha in [8 if i % 2 else 16]], metadata=metadata),
+                    "names and metadata beyond ASCII; order by code point, not by UTF-16"),
+        "peft": (Adapter([component("h.0.attn.c_attn")], base={"name": "gpt2"}, fan_in_fan_out=True,
+                         source={"format": "peft", "config": PEFT}, metadata={"author": "someone"}),
+                 "the configuration of the format that it came from (F15)"),
+        "not-fan-in": (Adapter(layers(1), fan_in_fan_out=False), "`false` is not empty, and is written"),
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------- parts, to be broken
+
+
+class Parts:
+    """A well-formed file in its parts."""
+
+    def __init__(self, adapter):
+        raw = lf.encode(adapter)
+        (length,) = struct.unpack("<Q", raw[:8])
+        header = json.loads(raw[8 : 8 + length])
+        self.metadata = header.pop("__metadata__")
+        self.config = json.loads(self.metadata.pop("lora_format"))
+        data = raw[8 + length :]
+        self.tensors = {
+            name: Tensor(e["dtype"], e["shape"], data[slice(*e["data_offsets"])])
+            for name, e in header.items()
+        }
+
+    def bytes(self, text=None, dumps=lf.compact, padding=8):
+        """`text` replaces the configuration's JSON."""
+        header, at = {"__metadata__": self.metadata | {"lora_format": text or dumps(self.config)}}, 0
+        for name, t in self.tensors.items():
+            header[name] = {"dtype": t.dtype, "shape": t.shape, "data_offsets": [at, at + len(t.data)]}
+            at += len(t.data)
+        encoded = dumps(header).encode()
+        encoded += b" " * (-len(encoded) % padding)
+        return struct.pack("<Q", len(encoded)) + encoded + b"".join(t.data for t in self.tensors.values())
+
+
+def foreign():
+    """{name: (bytes, the file that it is rewritten to, what it exercises)}: valid, but not as written here."""
+    out = {}
+    parts = Parts(Adapter(layers()))
+    parts.config["version"] = "1.7"
+    parts.config = {"future": {"a": [1]}} | parts.config | {"base": {"registry": "x"}}
+    out["newer-minor"] = (parts.bytes(), "plain", "F21: members that are not known, at the top and in `base`, are dropped")
+    parts = Parts(vectors()["mixed"][0])
+    parts.tensors = dict(sorted(parts.tensors.items(), key=lambda t: t[0][::-1]))
+    parts.config = dict(reversed(parts.config.items()))
+    spaced = lambda value: json.dumps(value, indent=1).replace('"pt"', '"\\u0070t"')  # noqa: E731
+    out["layout"] = (parts.bytes(dumps=spaced, padding=1), "mixed",
+                     "F4, F5: another order, spaces, escapes, tensors that are not aligned")  # fmt: skip
+    parts = Parts(Adapter(layers()))
+    module = "model.layers.0.q_proj"
+    parts.config["overrides"] = [{"scaling": {"alpha": 16.0, "rule": "alpha/rank"}, "modules": [module]}]
+    out["needless-override"] = (parts.bytes(), "plain", "F13: an override that says what the default says")
+    parts = Parts(vectors()["base-name"][0])
+    parts.config["base"]["fingerprint"] = {"algorithm": "samples-9", "targets": {"k": 7}}
+    out["fingerprint-unknown"] = (parts.bytes(), "base-name",
+                                  "F18: a fingerprint of an unknown algorithm says nothing")  # fmt: skip
+    return out
+
+
+def bad():
+    """{name: (bytes, rule, what is wrong)}"""
+    out = {}
+    module = "model.layers.0.q_proj"
+
+    def case(name, rule, what, adapter=None, **keywords):
+        """Breaks what the caller's function breaks."""
+
+        def build(breaks):
+            parts = Parts(adapter or Adapter(layers()))
+            text = breaks(parts)
+            out[name] = (parts.bytes(text if isinstance(text, str) else None), rule, what)
+
+        return build
+
+    def alpha(dtype, shape, data):
+        return lambda parts: parts.tensors.update({f"{module}.alpha": Tensor(dtype, shape, data)})
+
+    def config(**members):
+        return lambda parts: parts.config.update(members)
+
+    def without(*names):
+        def breaks(parts):
+            for name in names:
+                parts.config.pop(name, None)
+                parts.tensors.pop(f"{module}.{name}", None)
+                parts.metadata.pop(name, None)
+
+        return breaks
+
+    def textual(old, new):
+        def breaks(parts):
+            text = lf.compact(parts.config)
+            assert text.count(old) == 1, (old, text)
+            return text.replace(old, new)
+
+        return breaks
+
+    f32 = lambda value: struct.pack("<f", value)  # noqa: E731
+    scaling = {"alpha": 16, "rule": "alpha/rank"}
+    other = {"alpha": 8, "rule": "alpha/rank"}
+
+    case("config-key-twice", "F2", "the configuration has `requires` twice")(
+        textual('"requires":["low-rank"]', '"requires":["low-rank"],"requires":["low-rank"]'))
+    case("config-key-twice-deep", "F2", "an object within `extensions` has a key twice, once escaped",
+         Adapter(layers(), extensions={"a.b": {"copy": "safe", "value": {"k": 1}}}))(
+        textual('{"k":1}', '{"k":1,"\\u006b":1}'))
+    case("config-not-json", "F3", "the configuration ends in the middle")(lambda p: lf.compact(p.config)[:-5])
+    case("config-array", "F3", "the configuration is an array")(lambda p: "[]")
+    case("format-missing", "F3", "`__metadata__` lacks `format`")(without("format"))
+    case("format-other", "F3", "`format` is `tf`")(lambda p: p.metadata.update(format="tf"))
+    case("a-without-b", "F11", "lora_A has no lora_B")(without("lora_B.weight"))
+    case("b-without-a", "F11", "lora_B has no lora_A")(without("lora_A.weight"))
+    case("rank-mismatch", "F7", "lora_A has rank 2, lora_B rank 1")(
+        lambda p: p.tensors.update({f"{module}.lora_B.weight": tensor("F32", 8, 1)}))
+    case("rank-zero", "F6", "both factors have rank 0", Adapter(layers(1, rank=1)))(
+        lambda p: p.tensors.update({f"{module}.lora_A.weight": tensor("F32", 0, 3),
+                                    f"{module}.lora_B.weight": tensor("F32", 4, 0)}))
+    case("factor-dtype", "F7", "lora_A is I8")(
+        lambda p: p.tensors.update({f"{module}.lora_A.weight": Tensor("I8", [2, 3], bytes(6))}))
+    case("factor-dimensions", "F7", "lora_A has three dimensions")(
+        lambda p: p.tensors.update({f"{module}.lora_A.weight": tensor("F32", 2, 3, 1)}))
+    case("alpha-missing", "F9", "a pair of factors has no `.alpha`")(without("alpha"))
+    case("alpha-value", "F9", "`.alpha` holds 17, the configuration says 16")(alpha("F32", [], f32(17)))
+    case("alpha-nan", "F9", "`.alpha` holds NaN")(alpha("F32", [], f32(math.nan)))
+    case("alpha-dtype", "F9", "`.alpha` is F64, though of the right value")(alpha("F64", [], struct.pack("<d", 16)))
+    case("alpha-shape", "F9", "`.alpha` has the shape [1], not []")(alpha("F32", [1], f32(16)))
+    case("alpha-rslora", "F9", "`.alpha` holds alpha, not s·rank", Adapter(layers(rank=4, rule="alpha/sqrt-rank")))(
+        alpha("F32", [], f32(16)))
+    case("alpha-overflow", "F9", "s·rank is beyond f32",
+         Adapter(layers(1, alpha=1e39, rank=1)))(lambda p: None)
+    case("tensor-unused", "F11", "a tensor `lm_head.weight` belongs to no component")(
+        lambda p: p.tensors.update({"lm_head.weight": tensor("F32", 2, 2)}))
+    case("tensor-unused-infix", "F11", "a tensor with the infix `.lora:` belongs to no component (F10)")(
+        lambda p: p.tensors.update({f"{module}.lora:magnitude": tensor("F32", 4)}))
+    case("alpha-unused", "F11", "an `.alpha` without factors")(
+        lambda p: p.tensors.update({"lm_head.alpha": Tensor("F32", [], f32(16))}))
+    case("override-without-tensors", "F11", "an override names a module without tensors")(
+        config(overrides=[{"scaling": other, "modules": ["lm_head"]}]))
+    case("scaling-missing", "F12", "`scaling` is missing")(without("scaling"))
+    case("rule-unknown", "F12", "the rule is `alpha/rank^2`")(config(scaling=scaling | {"rule": "alpha/rank^2"}))
+    case("alpha-beyond-f64", "F3", "alpha is 1e999, beyond f64 (s would not be finite, F12)")(
+        lambda p: textual('"alpha":16', '"alpha":1e999')(p))
+    case("alpha-string", "F12", "alpha is the string `16`")(config(scaling=scaling | {"alpha": "16"}))
+    case("module-in-two-overrides", "F13", "a module is in two overrides")(
+        config(overrides=[{"scaling": scaling, "modules": [module]}, {"scaling": scaling, "modules": [module]}]))
+    case("module-twice-in-override", "F13", "a module is twice in one override")(
+        config(overrides=[{"scaling": scaling, "modules": [module, module]}]))
+    fingerprint = fingerprinted()[0].base["fingerprint"]
+    shorter = copy.deepcopy(fingerprint)
+    shorter["targets"][0]["values"] = shorter["targets"][0]["values"][:16]
+    case("fingerprint-short", "F17", "`values` holds 3 samples, not 16", fingerprinted()[0])(
+        config(base={"fingerprint": shorter}))
+    damaged = copy.deepcopy(fingerprint)
+    damaged["targets"][0]["values"] = "*" * 88
+    case("fingerprint-not-base64", "F17", "`values` is no base64", fingerprinted()[0])(
+        config(base={"fingerprint": damaged}))
+    case("version-2", "F20", "version 2.0")(config(version="2.0"))
+    case("version-10", "F20", "version 10.0")(config(version="10.0"))
+    case("version-missing", "F20", "`version` is missing")(without("version"))
+    case("requires-unknown", "F20", "a feature that this version reserves: `magnitude`")(
+        config(requires=["low-rank", "magnitude"]))
+    case("requires-nothing", "F20", "`requires` lacks `low-rank`, which the file uses")(config(requires=[]))
+    case("requires-missing", "F20", "`requires` is missing")(without("requires"))
+    case("scaling-unknown-member", "F21", "`scaling` has a member that is not known")(
+        config(scaling=scaling | {"warp": 1}))
+    case("override-unknown-member", "F21", "an override has a member that is not known")(
+        config(overrides=[{"scaling": other, "modules": [module], "rows": [0, 2]}]))
+    case("source-unknown-member", "F21", "`source` has a member that is not known")(
+        config(source={"format": "peft", "config": {}, "version": 3}))
+    case("extension-name", "F22", "an extension's name has no vendor")(
+        config(extensions={"note": {"copy": "safe", "value": 1}}))
+    case("extension-copy", "F22", "an extension is neither `safe` nor `unsafe`")(
+        config(extensions={"a.b": {"copy": "maybe", "value": 1}}))
+    case("extension-bare", "F22", "an extension is a bare value")(config(extensions={"a.b": 1}))
+    case("digest-missing", "F23", "`digest` is missing")(without("digest"))
+    case("digest-malformed", "F23", "`digest` is of another algorithm")(config(digest="md5:" + "0" * 32))
+
+    def damage(parts):
+        damaged = parts.tensors[f"{module}.lora_A.weight"]
+        damaged.data = damaged.data[:4] + bytes([damaged.data[4] ^ 1]) + damaged.data[5:]
+
+    case("damaged", "F23", "a bit of lora_A is flipped: only a reader that checks the digest sees it")(damage)
+    return out
+
+
+README = """# Vectors of the native format
+
+Written by `python3 scripts/make_native_fixtures.py` (NumPy, no randomness);
+this text too. Licence: as the project.
+
+A reader finds in `<name>.safetensors` what `<name>.json` says (as
+`scripts/lora_format.py read` prints it), and a program that rewrites the file
+gives the same bytes.
+
+| File | What it exercises |
+|---|---|
+"""
+FOREIGN = """
+Under `foreign/` are files that are valid, though no writer that follows F5
+would write them. Rewritten, each gives the bytes of another file.
+
+| File | Rewritten | Rule: what it exercises |
+|---|---|---|
+"""
+BAD = """# Native files that a reader must refuse
+
+Written by `python3 scripts/make_native_fixtures.py`. One rule of
+docs/FORMAT.md each; everything else in the file is well formed (but `digest`
+is that of the data before it was broken). `damaged` is the exception: checking
+the digest is optional.
+
+| File | Rule | What is wrong |
+|---|---|---|
+"""
+
+
+def make(out):
+    for folder in (out, out / "base", out / "foreign", out / "bad"):
+        folder.mkdir(parents=True, exist_ok=True)
+    lines = README
+    for name, (adapter, what) in vectors().items():
+        path = out / f"{name}.safetensors"
+        lf.write(path, adapter)
+        read = lf.read(path)
+        assert lf.encode(read) == path.read_bytes() and read.digest_matches, name
+        text = json.dumps(lf.describe(read), indent=1, ensure_ascii=False)
+        path.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
+        lines += f"| `{name}` | {what} |\n"
+    lines += FOREIGN
+    for name, (raw, target, what) in foreign().items():
+        path = out / "foreign" / f"{name}.safetensors"
+        path.write_bytes(raw)
+        assert lf.encode(lf.read(path)) == (out / f"{target}.safetensors").read_bytes(), name
+        lines += f"| `foreign/{name}` | `{target}` | {what} |\n"
+    (out / "README.md").write_text(lines, encoding="utf-8")
+
+    adapter, base = fingerprinted()
+    assert lf.compare(adapter.base["fingerprint"], base) == "same"
+    header, at = {}, 0
+    stored = sorted(base.items(), key=lambda t: -lf.ORDER[t[1].dtype])
+    for name, t in stored:
+        header[name] = {"dtype": t.dtype, "shape": t.shape, "data_offsets": [at, at + len(t.data)]}
+        at += len(t.data)
+    text = lf.compact(header).encode()
+    text += b" " * (-len(text) % 8)
+    raw = struct.pack("<Q", len(text)) + text + b"".join(t.data for _, t in stored)
+    (out / "base" / "fingerprint.safetensors").write_bytes(raw)
+
+    lines = BAD
+    for name, (raw, rule, what) in bad().items():
+        path = out / "bad" / f"{name}.safetensors"
+        path.write_bytes(raw)
+        lines += f"| `{name}` | {rule} | {what} |\n"
+        try:
+            found = "F23" if not lf.read(path).digest_matches else "nothing"
+        except lf.Refused as refused:
+            found = refused.rule
+        assert found == rule, (name, rule, found)
+    (out / "bad" / "README.md").write_text(lines, encoding="utf-8")
+
+
+def files(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="compare, write nothing")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        make(Path(scratch))
+        if not arguments.check:
+            shutil.rmtree(NATIVE, ignore_errors=True)
+            shutil.copytree(scratch, NATIVE)
+            written = files(NATIVE).values()
+            print(f"{len(written)} files, the largest of {max(map(len, written))} bytes")
+            return
+        ours, theirs = files(Path(scratch)), files(NATIVE)
+    differing = sorted(str(p) for p in ours.keys() | theirs.keys() if ours.get(p) != theirs.get(p))
+    sys.exit(f"different: {', '.join(differing)}" if differing else 0)
+
+
+if __name__ == "__main__":
+    main()

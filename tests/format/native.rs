@@ -1,0 +1,361 @@
+//! The native format: the vectors, and what the format promises about size and identity.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use lora_format::checkpoint::Checkpoint;
+use lora_format::container::safetensors::SafetensorsFile;
+use lora_format::fingerprint::{self, Fingerprint, TargetSamples, Verdict};
+use lora_format::model::{AdapterFormat, Component, Form, LowRank, Scaling, ScalingRule, Target};
+use lora_format::native::{self, DigestVerdict};
+use lora_format::{Adapter, Dtype, Error, Tensor};
+use lora_tests::fixture;
+use serde_json::{Map, Value, json};
+use sha2::{Digest, Sha256};
+
+use crate::{Random, entries, name, read};
+
+pub(crate) fn vectors() -> Vec<PathBuf> {
+    entries(&fixture("native"), ".safetensors")
+}
+
+/// The file as it would be written.
+pub(crate) fn encoded(adapter: &Adapter) -> Vec<u8> {
+    let (mut bytes, tensors) = native::encode(adapter).unwrap();
+    tensors.iter().for_each(|tensor| bytes.extend_from_slice(tensor.bytes()));
+    bytes
+}
+
+fn write(adapter: &Adapter, path: &Path) {
+    use lora_format::io::atomic::{Durability, Overwrite};
+    native::write(adapter, path, Overwrite::Never, Durability::Cached).unwrap();
+}
+
+fn digest(path: &Path) -> DigestVerdict {
+    native::verify_digest(&SafetensorsFile::open(path).unwrap()).unwrap()
+}
+
+/// The description that `scripts/lora_format.py read` prints.
+pub(crate) fn describe(path: &Path) -> Value {
+    let adapter = read(path).unwrap();
+    let factor = |tensor: &Tensor| {
+        let sha256: String =
+            Sha256::digest(tensor.bytes()).iter().map(|byte| format!("{byte:02x}")).collect();
+        json!({"dtype": tensor.dtype.name(), "shape": tensor.shape, "sha256": sha256})
+    };
+    let module = |component: &Component| {
+        let Form::LowRank(factors) = &component.form else { panic!("{component:?}") };
+        assert_eq!(component.target.parameter, "weight");
+        json!({
+            "module": component.target.module, "rank": factors.rank(),
+            "alpha": factors.scaling.alpha, "rule": factors.scaling.rule.name(),
+            "scale": factors.scale(), "a": factor(&factors.a), "b": factor(&factors.b),
+        })
+    };
+    let (recorded, matches) = match digest(path) {
+        DigestVerdict::Intact { digest } => (digest, true),
+        DigestVerdict::Damaged { recorded, .. } => (recorded, false),
+    };
+    json!({
+        "modules": adapter.components.iter().map(module).collect::<Vec<_>>(),
+        "fan_in_fan_out": adapter.fan_in_fan_out,
+        "base": {
+            "name": adapter.base.name, "revision": adapter.base.revision,
+            "fingerprint": adapter.base.fingerprint.as_ref().map(describe_fingerprint),
+        },
+        "source": adapter.source.map(|source| {
+            json!({"format": source.format.name(), "config": source.config})
+        }),
+        "extensions": adapter.extensions,
+        "metadata": adapter.metadata.into_iter().collect::<std::collections::BTreeMap<_, _>>(),
+        "digest": recorded,
+        "digest_matches": matches,
+    })
+}
+
+fn describe_fingerprint(fingerprint: &Fingerprint) -> Value {
+    let target = |samples: &TargetSamples| {
+        json!({
+            "target": samples.target, "dtype": samples.dtype.name(),
+            "shape": samples.shape, "values": base64(&samples.values),
+        })
+    };
+    let targets: Vec<Value> = fingerprint.targets.iter().map(target).collect();
+    json!({"algorithm": fingerprint::ALGORITHM, "targets": targets})
+}
+
+fn base64(values: &[f32]) -> String {
+    const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+    let mut text = String::new();
+    for chunk in bytes.chunks(3) {
+        let word = chunk.iter().fold(0u32, |word, &byte| word << 8 | u32::from(byte));
+        let word = word << (8 * (3 - chunk.len()));
+        for digit in 0..4 {
+            let sextet = ALPHABET[(word >> (18 - 6 * digit)) as usize & 63];
+            text.push(if digit <= chunk.len() { sextet.into() } else { '=' });
+        }
+    }
+    text
+}
+
+/// F3, F7 to F9, F12, F16, F17, F22, F23: what is found is what the description says.
+#[test]
+fn every_vector_is_read_as_described() {
+    for path in vectors() {
+        let text = std::fs::read(path.with_extension("json")).unwrap();
+        let expected: Value = serde_json::from_slice(&text).unwrap();
+        assert_eq!(describe(&path), expected, "{}", name(&path));
+        assert_eq!(read(&path).unwrap().format, AdapterFormat::Native);
+    }
+}
+
+/// F3 to F5, F13, F14, F22: rewritten, every vector gives the same bytes.
+#[test]
+fn every_vector_is_rewritten_to_the_same_bytes() {
+    let scratch = tempfile::tempdir().unwrap();
+    for path in vectors() {
+        let copy = scratch.path().join(name(&path));
+        write(&read(&path).unwrap(), &copy);
+        assert!(std::fs::read(&copy).unwrap() == std::fs::read(&path).unwrap(), "{}", name(&path));
+        assert!(matches!(digest(&copy), DigestVerdict::Intact { .. }));
+    }
+}
+
+/// F4, F13, F18, F21: files that we would have written otherwise become what we would have written.
+#[test]
+fn foreign_files_are_rewritten_as_ours() {
+    let table = std::fs::read_to_string(fixture("native/README.md")).unwrap();
+    for path in entries(&fixture("native/foreign"), "") {
+        let key = format!("| `foreign/{}` | `", name(&path).trim_end_matches(".safetensors"));
+        let row = table.lines().find_map(|line| line.strip_prefix(&key)).unwrap();
+        let same_as = fixture(&format!("native/{}.safetensors", row.split('`').next().unwrap()));
+        let found = encoded(&read(&path).unwrap());
+        assert!(found == std::fs::read(same_as).unwrap(), "{}", name(&path));
+    }
+}
+
+/// F5: neither the order of components nor that of the metadata shows in the bytes.
+#[test]
+fn the_order_in_memory_does_not_matter() {
+    for path in vectors() {
+        let mut adapter = read(&path).unwrap();
+        adapter.components.reverse();
+        adapter.metadata.reverse();
+        assert!(encoded(&adapter) == std::fs::read(&path).unwrap(), "{}", name(&path));
+    }
+}
+
+/// F3: metadata that pretends to be the format's own does not get into a file.
+#[test]
+fn the_users_metadata_cannot_replace_the_formats() {
+    let path = fixture("native/plain.safetensors");
+    let mut adapter = read(&path).unwrap();
+    adapter.metadata.push(("format".into(), "mlx".into()));
+    adapter.metadata.push(("lora_format".into(), String::new()));
+    assert!(encoded(&adapter) == std::fs::read(&path).unwrap());
+}
+
+/// F23: one flipped bit is found by a check, and by nothing else.
+#[test]
+fn damage_is_found_when_asked() {
+    let damaged = fixture("native/bad/damaged.safetensors");
+    read(&damaged).unwrap();
+    let DigestVerdict::Damaged { recorded, actual } = digest(&damaged) else { panic!() };
+    assert_ne!(recorded, actual);
+    let intact = DigestVerdict::Intact { digest: recorded };
+    assert_eq!(digest(&fixture("native/plain.safetensors")), intact);
+}
+
+/// F17, F18: the recorded samples are those of the base, and tell it from others.
+#[test]
+fn a_fingerprint_knows_its_base() {
+    let adapter = read(&fixture("native/fingerprint.safetensors")).unwrap();
+    let recorded = adapter.base.fingerprint.unwrap();
+    let base = Checkpoint::open(&fixture("native/base")).unwrap();
+    let file = base.shards()[0].file.map().unwrap();
+    let data = &file[base.shards()[0].file.header().data_start as usize..];
+    let names: Vec<String> = adapter.components.iter().map(|c| c.target.name()).collect();
+    let sampled = fingerprint::sampled_targets(names.len()).map(|index| {
+        let info = base.info(base.find(&names[index]).unwrap());
+        let bytes = &data[info.start as usize..info.end as usize];
+        TargetSamples {
+            target: names[index].clone(),
+            dtype: info.dtype,
+            shape: info.shape.clone(),
+            values: fingerprint::sample(info.dtype, bytes).unwrap(),
+        }
+    });
+    let actual = Fingerprint { targets: sampled.collect() };
+    assert_eq!(actual, recorded);
+
+    let verdict = |changed: &Fingerprint| {
+        let find = |target: &TargetSamples| {
+            changed.targets.iter().find(|found| found.target == target.target).cloned()
+        };
+        fingerprint::compare(&recorded, find)
+    };
+    assert_eq!(verdict(&actual), Verdict::Same);
+    assert_eq!(verdict(&Fingerprint { targets: Vec::new() }), Verdict::Unknown);
+
+    let mut widened = actual.clone();
+    widened.targets.iter_mut().for_each(|target| target.dtype = Dtype::F32);
+    assert_eq!(verdict(&widened), Verdict::Reencoded);
+
+    let mut reshaped = actual.clone();
+    reshaped.targets[1].shape.reverse();
+    let first = recorded.targets[1].target.clone();
+    let different = Verdict::Different { equal: 32, compared: 48, first: first.clone() };
+    assert_eq!(verdict(&reshaped), different);
+
+    let mut trained = actual;
+    trained.targets[1].values[7] *= 1.0 + 1.0 / 128.0;
+    assert_eq!(verdict(&trained), Verdict::Different { equal: 47, compared: 48, first });
+}
+
+fn component(
+    module: String,
+    factors: [(Dtype, Vec<usize>, Vec<u8>); 2],
+    scaling: Scaling,
+) -> Component {
+    let [a, b] = factors
+        .map(|(dtype, shape, bytes)| Tensor::new(String::new(), dtype, shape, bytes).unwrap());
+    Component { target: Target::weight(module), form: Form::LowRank(LowRank { a, b, scaling }) }
+}
+
+fn adapter(components: Vec<Component>) -> Adapter {
+    Adapter {
+        path: PathBuf::from("made"),
+        format: AdapterFormat::Native,
+        components,
+        base: fingerprint::BaseIdentity::default(),
+        fan_in_fan_out: None,
+        metadata: Vec::new(),
+        source: None,
+        extensions: Map::new(),
+        notes: Vec::new(),
+    }
+}
+
+/// An adapter of anything that the format can say.
+pub(crate) fn random_adapter(random: &mut Random) -> Adapter {
+    const RULES: [ScalingRule; 3] =
+        [ScalingRule::AlphaOverRank, ScalingRule::AlphaOverSqrtRank, ScalingRule::Direct];
+    let alphas: Vec<f64> = (0..3)
+        .map(|_| match random.below(3) {
+            0 => random.below(64) as f64,
+            1 => random.next() as u32 as f64 / 1e6,
+            // Any f64 that an F32 can hold times any rank.
+            _ => f64::from_bits(random.next()).clamp(-1e30, 1e30),
+        })
+        .map(|alpha| if alpha.is_nan() { 0.1 } else { alpha })
+        .collect();
+    let components = (0..1 + random.below(9)).map(|index| {
+        let [rank, inputs, outputs] = [(); 3].map(|()| 1 + random.below(5));
+        let scaling = Scaling { alpha: *random.pick(&alphas), rule: *random.pick(&RULES) };
+        let factors = [[rank, inputs], [outputs, rank]].map(|shape| {
+            let dtype = *random.pick(&[Dtype::F32, Dtype::F16, Dtype::Bf16]);
+            let bytes = random.bytes(dtype.tensor_bytes(&shape).unwrap() as usize);
+            (dtype, shape.to_vec(), bytes)
+        });
+        component(format!("{}{index}", random.text(6)), factors, scaling)
+    });
+    let mut made = adapter(components.collect());
+    let metadata: std::collections::BTreeMap<String, String> =
+        (0..random.below(4)).map(|_| (random.text(5), random.text(8))).collect();
+    made.metadata = metadata.into_iter().collect();
+    made.fan_in_fan_out = *random.pick(&[None, Some(false), Some(true)]);
+    made.base.name = Some(random.text(9)).filter(|name| !name.is_empty());
+    let floats = (0..8).map(|_| f64::from_bits(random.next())).map(Value::from);
+    let mut values: Vec<Value> = floats.filter(|value| !value.is_null()).collect();
+    values.extend(
+        (0..8).map(|_| json!(random.below(1000) as f64 * 10f64.powi(random.below(40) as i32 - 20))),
+    );
+    values.push(random.next().into());
+    values.push(random.text(9).into());
+    made.extensions.insert("test.values".into(), json!({"copy": "safe", "value": values}));
+    made
+}
+
+/// F5: written, read and written again, any adapter is the same.
+#[test]
+fn random_adapters_survive() {
+    let scratch = tempfile::tempdir().unwrap();
+    let mut random = Random(1);
+    for round in 0..200 {
+        let adapter = random_adapter(&mut random);
+        let path = scratch.path().join(format!("{round}.safetensors"));
+        write(&adapter, &path);
+        assert!(encoded(&read(&path).unwrap()) == encoded(&adapter), "round {round}");
+    }
+}
+
+/// F9: an alpha that no F32 can hold is refused when it is written, not when it is read.
+#[test]
+fn a_scale_beyond_f32_is_not_written() {
+    let factors = [(Dtype::F32, vec![1, 1], vec![0; 4]), (Dtype::F32, vec![1, 1], vec![0; 4])];
+    let scaling = Scaling { alpha: 1e39, rule: ScalingRule::Direct };
+    let error =
+        native::encode(&adapter(vec![component("m".into(), factors, scaling)])).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "made: the adapter is malformed: `m`: scale times rank is 1e39, more than an F32 `.alpha` \
+         tensor can hold"
+    );
+}
+
+/// F13: what fits no version is refused rather than written as something else.
+#[test]
+fn what_the_format_cannot_hold_is_refused() {
+    let error = native::encode(&adapter(Vec::new())).unwrap_err();
+    assert!(matches!(error, Error::Inexpressible { .. }), "{error}");
+    let mut bias = read(&fixture("native/plain.safetensors")).unwrap();
+    bias.components[0].target.parameter = "bias".into();
+    let error = native::encode(&bias).unwrap_err();
+    assert!(matches!(error, Error::Inexpressible { .. }), "{error}");
+}
+
+/// F13: 36,096 targets (a model of 94 layers with 128 experts of three weights each) make a header
+/// of some 16 MB, and no entry per target in the configuration.
+#[test]
+fn an_adapter_of_36_096_experts_stays_small() {
+    let started = Instant::now();
+    let mut components = Vec::with_capacity(36_096);
+    for layer in 0..94 {
+        for expert in 0..128 {
+            for projection in ["gate_proj", "up_proj", "down_proj"] {
+                let module = format!("model.layers.{layer}.mlp.experts.{expert}.{projection}");
+                let number = components.len() as u16;
+                let factor = |shape: [usize; 2], seed: u16| {
+                    (Dtype::Bf16, shape.to_vec(), [number ^ seed; 2].map(u16::to_le_bytes).concat())
+                };
+                let scaling = Scaling { alpha: 32.0, rule: ScalingRule::AlphaOverSqrtRank };
+                components.push(component(module, [factor([1, 2], 0), factor([2, 1], 1)], scaling));
+            }
+        }
+    }
+    let written = adapter(components);
+    assert_eq!(written.components.len(), 36_096);
+    let scratch = tempfile::tempdir().unwrap();
+    let path = scratch.path().join("experts.safetensors");
+    write(&written, &path);
+
+    let file = SafetensorsFile::open(&path).unwrap();
+    let header = file.header().data_start;
+    assert!((10_000_000..25_000_000).contains(&header), "{header} bytes");
+    let config = file.header().metadata_value(native::CONFIG_KEY).unwrap();
+    assert!(config.len() < 300, "{config}");
+
+    let found = native::read(&file).unwrap();
+    let mut expected: Vec<&Component> = written.components.iter().collect();
+    expected.sort_by(|x, y| x.target.cmp(&y.target));
+    assert_eq!(found.components.len(), expected.len());
+    for (found, expected) in found.components.iter().zip(expected) {
+        let (Form::LowRank(x), Form::LowRank(y)) = (&found.form, &expected.form) else { panic!() };
+        assert_eq!((&found.target, x.scaling), (&expected.target, y.scaling));
+        assert_eq!((x.a.bytes(), x.b.bytes()), (y.a.bytes(), y.b.bytes()));
+        assert_eq!((&x.a.shape, &x.b.shape), (&y.a.shape, &y.b.shape));
+    }
+    let seconds = started.elapsed().as_secs_f64();
+    println!("header of {header} bytes; written, read and compared in {seconds:.2} s");
+}

@@ -1,0 +1,234 @@
+//! PEFT directories: what is read, what survives the way to our format and back, what is refused.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use lora_format::codec::peft::{CONFIG_FILE, MODEL_FILE, write_directory};
+use lora_format::container::safetensors::SafetensorsFile;
+use lora_format::io::atomic::{Durability, Overwrite};
+use lora_format::model::{AdapterFormat, Form};
+use lora_format::native;
+use lora_tests::fixture;
+use serde_json::Value;
+
+use crate::{check_table, entries, name, read};
+
+/// The cases whose adapters are read.
+pub(crate) fn cases() -> Vec<PathBuf> {
+    let mut cases = entries(&fixture("peft"), "");
+    cases.retain(|case| name(case) != "unsupported" && name(case) != SAVED_HEAD);
+    assert_eq!(cases.len(), 14);
+    cases
+}
+
+/// PEFT saved a copy of the base's head with this adapter, which replaces the base's when PEFT
+/// loads it. That is not implemented, and it is not skipped.
+const SAVED_HEAD: &str = "gpt2-mixed-saved-head";
+
+#[test]
+fn a_saved_copy_of_a_base_layer_is_refused() {
+    let adapter = fixture("peft").join(SAVED_HEAD).join("adapter");
+    let message = read(&adapter).unwrap_err().to_string();
+    let (_, message) = message.split_once("adapter_model.safetensors: ").unwrap();
+    assert_eq!(
+        message,
+        "the adapter uses what this version does not implement: \
+         `base_model.model.lm_head.base_layer.weight`: a tensor stored in full (modules_to_save, or \
+         a resized embedding): not implemented yet"
+    );
+}
+
+fn json(path: &Path) -> Value {
+    serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
+}
+
+/// Every tensor of a file: name → (dtype, shape, bytes).
+fn contents(path: &Path) -> BTreeMap<String, (String, Vec<usize>, Vec<u8>)> {
+    let file = SafetensorsFile::open(path).unwrap();
+    let bytes = std::fs::read(path).unwrap();
+    let data = &bytes[file.header().data_start as usize..];
+    let tensors = file.header().tensors.iter().map(|tensor| {
+        let bytes = data[tensor.start as usize..tensor.end as usize].to_vec();
+        (tensor.name.clone(), (tensor.dtype.to_string(), tensor.shape.clone(), bytes))
+    });
+    tensors.collect()
+}
+
+/// F12: the scales are those that PEFT computed, to the last bit.
+#[test]
+fn ranks_alphas_and_scales_are_those_of_peft() {
+    for case in cases() {
+        let adapter = read(&case.join("adapter")).unwrap();
+        assert_eq!(adapter.format, AdapterFormat::Peft);
+        let expected = json(&case.join("case.json"));
+        let mut expected: BTreeMap<&str, [f64; 3]> = expected["targets"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|target| {
+                let number = |key: &str| target[key].as_f64().unwrap();
+                let prefix = target["adapter_prefix"].as_str().unwrap();
+                let module = prefix.strip_prefix("base_model.model.").unwrap_or(prefix);
+                (module, [number("rank"), number("alpha"), number("scale")])
+            })
+            .collect();
+        for component in &adapter.components {
+            let Form::LowRank(factors) = &component.form else { panic!("{component:?}") };
+            let found = [factors.rank() as f64, factors.scaling.alpha, factors.scale()];
+            let module = component.target.module.as_str();
+            assert_eq!(expected.remove(module), Some(found), "{} {module}", name(&case));
+        }
+        assert!(expected.is_empty(), "{}: {expected:?}", name(&case));
+    }
+}
+
+/// F15: PEFT → our format → PEFT loses no bit of a factor and no field of the configuration.
+#[test]
+fn round_trip_through_the_native_format() {
+    let scratch = tempfile::tempdir().unwrap();
+    let mut cases: Vec<_> = cases().iter().map(|case| case.join("adapter")).collect();
+    cases.push(fixture("real/minilm-l6-r4"));
+    for (number, original) in cases.iter().enumerate() {
+        let adapter = read(original).unwrap();
+        let native = scratch.path().join(format!("{number}.safetensors"));
+        native::write(&adapter, &native, Overwrite::Never, Durability::Cached).unwrap();
+
+        let again = read(&native).unwrap();
+        assert_eq!(again.format, AdapterFormat::Native);
+        assert_eq!(again.base, adapter.base);
+        assert_eq!(again.source, adapter.source);
+        assert_eq!(again.fan_in_fan_out, adapter.fan_in_fan_out);
+        for (before, after) in adapter.components.iter().zip(&again.components) {
+            let (Form::LowRank(x), Form::LowRank(y)) = (&before.form, &after.form) else {
+                panic!()
+            };
+            assert_eq!((&before.target, x.scaling), (&after.target, y.scaling));
+        }
+
+        let back = scratch.path().join(number.to_string());
+        write_directory(&again, &back, Overwrite::Never, Durability::Cached).unwrap();
+        let names = |keys: BTreeMap<String, _>| -> BTreeMap<String, _> {
+            // An adapter saved without the wrapper's prefix gets it.
+            let wrapped = |key: String| {
+                format!("base_model.model.{}", key.trim_start_matches("base_model.model."))
+            };
+            keys.into_iter().map(|(key, value)| (wrapped(key), value)).collect()
+        };
+        assert_eq!(
+            names(contents(&back.join(MODEL_FILE))),
+            names(contents(&original.join(MODEL_FILE)))
+        );
+        assert_eq!(json(&back.join(CONFIG_FILE)), json(&original.join(CONFIG_FILE)));
+        let metadata = |folder: &Path| {
+            let file = SafetensorsFile::open(&folder.join(MODEL_FILE)).unwrap();
+            file.header().metadata.iter().cloned().collect::<BTreeMap<_, _>>()
+        };
+        let mut expected = metadata(original);
+        expected.insert("format".into(), "pt".into());
+        assert_eq!(metadata(&back), expected);
+    }
+}
+
+/// What is not implemented is refused, and named.
+#[test]
+fn unsupported_adapters_are_refused_by_name() {
+    let folder = fixture("peft/unsupported");
+    let mut paths = entries(&folder, "");
+    paths.retain(|path| path.is_dir());
+    check_table(&folder, &paths, UNSUPPORTED, read);
+}
+
+const UNSUPPORTED: &[(&str, &str)] = &[
+    (
+        "adalora",
+        "adalora/adapter_config.json: the adapter uses what this version does not implement: peft_type ADALORA: only LORA is implemented so far",
+    ),
+    (
+        "alora",
+        "alora/adapter_config.json: the adapter uses what this version does not implement: `alora_invocation_tokens`: [5,6]: an activated LoRA acts only after its invocation tokens; it has no merged weight",
+    ),
+    (
+        "bdlora",
+        "bdlora/adapter_config.json: the adapter uses what this version does not implement: `use_bdlora`: {\"match_strict\":true,\"nblocks\":2,\"target_modules_bd_a\":nu...: BD-LoRA's block-diagonal factors: not implemented yet",
+    ),
+    (
+        "bias-all",
+        "bias-all/adapter_config.json: the adapter uses what this version does not implement: `bias`: \"all\": trained biases replace those of the base: not implemented yet",
+    ),
+    (
+        "bias-lora-only",
+        "bias-lora-only/adapter_config.json: the adapter uses what this version does not implement: `bias`: \"lora_only\": trained biases replace those of the base: not implemented yet",
+    ),
+    (
+        "conv2d",
+        "conv2d/adapter_model.safetensors: the adapter uses what this version does not implement: 2 tensors, `base_model.model.conv.lora_A.weight` to `base_model.model.conv.lora_B.weight`: a convolution's factors: not implemented yet",
+    ),
+    (
+        "dora",
+        "dora/adapter_config.json: the adapter uses what this version does not implement: `use_dora`: true: DoRA rescales every row by a trained magnitude: not implemented yet",
+    ),
+    (
+        "embedding",
+        "embedding/adapter_model.safetensors: the adapter uses what this version does not implement, in 2 places:\n  - 2 tensors, `base_model.model.model.embed_tokens.lora_embedding_A` to `base_model.model.model.embed_tokens.lora_embedding_B`: LoRA on an embedding: not implemented yet\n  - `base_model.model.model.embed_tokens.base_layer.weight`: a tensor stored in full (modules_to_save, or a resized embedding): not implemented yet",
+    ),
+    (
+        "ia3",
+        "ia3/adapter_config.json: the adapter uses what this version does not implement: peft_type IA3: only LORA is implemented so far",
+    ),
+    (
+        "kasa",
+        "kasa/adapter_config.json: the adapter uses what this version does not implement: `kasa_config`: {\"beta\":0.0001,\"gamma\":0.001}: KaSA truncates the base before it adds: not implemented yet",
+    ),
+    (
+        "layer-replication",
+        "layer-replication/adapter_config.json: the adapter uses what this version does not implement: `layer_replication`: [[0,2],[1,2]]: layers that share weights receive different adapters, so no single weight can hold the result",
+    ),
+    (
+        "loha",
+        "loha/adapter_config.json: the adapter uses what this version does not implement: peft_type LOHA: only LORA is implemented so far",
+    ),
+    (
+        "lokr",
+        "lokr/adapter_config.json: the adapter uses what this version does not implement: peft_type LOKR: only LORA is implemented so far",
+    ),
+    (
+        "lora-bias",
+        "lora-bias/adapter_config.json: the adapter uses what this version does not implement: `lora_bias`: true: a bias on B: not implemented yet",
+    ),
+    (
+        "modules-to-save",
+        "modules-to-save/adapter_config.json: the adapter uses what this version does not implement: `modules_to_save`: [\"lm_head\"]: modules trained in full replace those of the base: not implemented yet",
+    ),
+    (
+        "multihead-attention",
+        "multihead-attention/adapter_model.safetensors: the adapter uses what this version does not implement: 2 tensors, `base_model.model.mha.base_layer.out_proj.lora_A.weight` to `base_model.model.mha.base_layer.out_proj.lora_B.weight`: LoRA on a part of a wrapped layer (MultiheadAttention): not implemented yet",
+    ),
+    (
+        "non-default-name",
+        "non-default-name: the directory holds no adapter: looked for adapter_model.safetensors",
+    ),
+    (
+        "olora",
+        "olora/adapter_config.json: the adapter uses what this version does not implement: `init_lora_weights`: \"olora\": this initialisation changes the base model itself, so the factors are only valid on that changed base; convert the adapter with PEFT's `path_initial_model_for_weight_conversion` first",
+    ),
+    (
+        "pissa",
+        "pissa/adapter_config.json: the adapter uses what this version does not implement: `init_lora_weights`: \"pissa\": this initialisation changes the base model itself, so the factors are only valid on that changed base; convert the adapter with PEFT's `path_initial_model_for_weight_conversion` first",
+    ),
+    (
+        "prompt-tuning",
+        "prompt-tuning/adapter_config.json: the adapter uses what this version does not implement: peft_type PROMPT_TUNING: trained context (virtual tokens) is not a change of any weight, so nothing can be merged; serve the adapter with the model",
+    ),
+    (
+        "target-parameters",
+        "target-parameters/adapter_config.json: the adapter uses what this version does not implement: `target_parameters`: [\"mlp.experts.gate_up_proj\",\"mlp.experts.down_proj\"]: LoRA on bare parameters (fused experts): not implemented yet",
+    ),
+    (
+        "trainable-token-indices",
+        "trainable-token-indices/adapter_config.json: the adapter uses what this version does not implement: `trainable_token_indices`: [1,3]: trained token rows: not implemented yet",
+    ),
+    (
+        "vera",
+        "vera/adapter_config.json: the adapter uses what this version does not implement: peft_type VERA: only LORA is implemented so far",
+    ),
+];
