@@ -126,7 +126,8 @@ impl Shape {
 
     /// All tensors in the order of the model's state dict.
     fn parameters(&self) -> Vec<Parameter> {
-        let matrix = |name: String, rows, cols| Parameter { name, shape: vec![rows, cols], mean: 0.0 };
+        let matrix =
+            |name: String, rows, cols| Parameter { name, shape: vec![rows, cols], mean: 0.0 };
         let norm = |name: String| Parameter { name, shape: vec![self.hidden], mean: 1.0 };
         let mut all =
             vec![matrix("model.embed_tokens.weight".into(), self.vocabulary, self.hidden)];
@@ -287,7 +288,8 @@ pub(crate) fn adapter(base: &Base, rank: usize, factor_type: FactorType) -> Resu
         "{}-adapter-r{rank}-{suffix}",
         base.directory.file_name().unwrap_or_default().to_string_lossy()
     ));
-    let b_deviation = RELATIVE_CHANGE * WEIGHT_DEVIATION / (SCALE * (rank as f64).sqrt() * A_DEVIATION);
+    let b_deviation =
+        RELATIVE_CHANGE * WEIGHT_DEVIATION / (SCALE * (rank as f64).sqrt() * A_DEVIATION);
     let mut factors = Vec::new();
     for layer in 0..base.shape.layers {
         for (name, rows, cols) in base.shape.linears() {

@@ -101,6 +101,7 @@ fn format_hint(error: &FormatError) -> Option<String> {
                 "give the directory that holds adapter_model.safetensors; PEFT saves adapters with \
                  names of their own in subdirectories"
             }
+            DetectProblem::AdaptersInside { .. } => "give that directory instead",
             DetectProblem::SeveralModels { .. } => "name one of the files instead of the directory",
             _ => return None,
         },
@@ -130,7 +131,8 @@ fn merge_hint(error: &MergeError) -> Option<String> {
         MergeError::Overflow { .. } => "choose a dtype with a larger range: --dtype bf16 or f32",
         MergeError::NoSpace { .. } => "write to another file system with -o",
         MergeError::OutputIsInput { .. } => "choose another -o",
-        MergeError::NotReplaceable { .. } => "choose another -o, or remove the directory yourself",
+        MergeError::NotReplaceable { .. } => "choose another -o, or remove it yourself",
+        MergeError::NoTokenizer { .. } => "--tokenizer auto takes the base's where there is none",
         MergeError::Plan { problems, .. } => return problems.iter().find_map(problem_hint),
         _ => return None,
     };

@@ -34,7 +34,7 @@ pub enum Error {
         limit: u64,
     },
     /// Malformed JSON.
-    #[error("{}: not valid JSON: {source}", path.display())]
+    #[error("{}: {}: {source}", path.display(), json_kind(source))]
     Json {
         /// The file.
         path: PathBuf,
@@ -155,9 +155,17 @@ impl Error {
             path: path.to_owned(),
             field: field.to_owned(),
             expected,
-            found: crate::json::brief(found),
+            found: match found {
+                Value::Null => "nothing".to_owned(),
+                value => crate::json::brief(value),
+            },
         }
     }
+}
+
+/// Whether a document is malformed, or well-formed and not what was expected.
+fn json_kind(error: &serde_json::Error) -> &'static str {
+    if error.is_data() { "not what this file must hold" } else { "not valid JSON" }
 }
 
 /// Attaches a path and an action to an `io::Error`.
@@ -262,6 +270,11 @@ pub enum DetectProblem {
     SeveralModels { files: Vec<String> },
     #[error("the directory holds no adapter: looked for adapter_model.safetensors")]
     NoAdapter,
+    #[error(
+        "the directory holds no adapter_model.safetensors, but {} {}", names.join(", "),
+        if names.len() == 1 { "does" } else { "do" }
+    )]
+    AdaptersInside { names: Vec<String> },
     #[error(
         "the directory holds only {file}: pickled checkpoints are not read yet; \
          save it as safetensors"

@@ -110,7 +110,11 @@ impl PatternTable {
             .build();
         match compiled {
             Ok(regex) => self.regexes.push((index, regex)),
-            Err(error) => return Err(self.refuse(index, &error.to_string())),
+            // The engine's own words speak of positions in the wrapped pattern.
+            Err(fancy_regex::Error::ParseError(..)) => {
+                return Err(self.refuse(index, "it is not a valid regular expression"));
+            }
+            Err(_) => return Err(self.refuse(index, "it is not valid, or too large")),
         }
         Ok(())
     }

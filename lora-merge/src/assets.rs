@@ -14,7 +14,7 @@ use lora_format::model::{Adapter, AdapterFormat};
 use lora_format::{Dtype, IoContext};
 use serde_json::{Map, Value, json};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::layout::OutputLayout;
 
 /// Whose tokenizer and chat template the output gets.
@@ -100,7 +100,7 @@ impl Assets {
     /// The files that go with an output; none for a single-file output.
     ///
     /// # Errors
-    /// [`crate::Error::Format`] if a directory cannot be listed.
+    /// [`Error::Format`] if a directory cannot be listed, [`Error::NoTokenizer`].
     pub fn plan(
         base: &Checkpoint,
         adapter: &Adapter,
@@ -116,6 +116,10 @@ impl Assets {
             && let Some(directory) = adapter_directory(adapter)
         {
             assets.take_tokenizer(directory)?;
+        }
+        if tokenizer == TokenizerSource::Adapter && assets.from_adapter.is_empty() {
+            let adapter = adapter.path.clone();
+            return Err(Error::NoTokenizer { adapter });
         }
         if let Some(config) = base.config() {
             assets.edit_config(base, config, layout);
@@ -279,6 +283,14 @@ fn adapter_directory(adapter: &Adapter) -> Option<&Path> {
     } else {
         Some(parent_of(&adapter.path))
     }
+}
+
+/// A file or directory beside a model's weights that no merge writes.
+pub(crate) fn foreign_entry(model: &Checkpoint) -> Result<Option<String>> {
+    let mut assets = Assets::default();
+    assets.take_base(model)?;
+    let hidden = list(model.path())?.into_iter().map(|entry| entry.0).find(|n| n.starts_with('.'));
+    Ok(assets.left_behind.into_iter().next().or(hidden))
 }
 
 /// The entries of a directory, sorted: (name, path, is a directory). Links are followed.

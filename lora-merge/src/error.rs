@@ -91,11 +91,19 @@ pub enum Error {
         /// The input.
         input: PathBuf,
     },
-    /// `--force` was given, but what stands there is not a model.
-    #[error("{}: this directory is not a model that a merge wrote; it is not replaced", path.display())]
+    /// `--force` was given, but what stands there is not what a merge wrote.
+    #[error("{}: not replaced: {reason}", path.display())]
     NotReplaceable {
-        /// The directory.
+        /// The file or directory.
         path: PathBuf,
+        /// Why.
+        reason: String,
+    },
+    /// The adapter's tokenizer was asked for, and there is none.
+    #[error("{}: the adapter brings no tokenizer and no chat template", adapter.display())]
+    NoTokenizer {
+        /// The adapter.
+        adapter: PathBuf,
     },
     /// Shards were asked for where the output is one file.
     #[error("a single file cannot be sharded; give a directory as the base")]
@@ -124,6 +132,12 @@ pub enum PlanProblem {
     Ambiguous {
         module: String,
         candidates: Vec<String>,
+    },
+    #[error("`{tensor}` is in {first} and in {second}, and the index names neither")]
+    Twice {
+        tensor: String,
+        first: String,
+        second: String,
     },
     #[error("`{first}` and `{second}` both resolve to `{parameter}`")]
     Collision {

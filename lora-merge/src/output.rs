@@ -10,7 +10,7 @@ use lora_format::io::atomic::{
 };
 use serde_json::{Map, Value};
 
-use crate::assets::Assets;
+use crate::assets::{self, Assets};
 use crate::engine::{self, OutputHandle, Progress, RunOptions};
 use crate::error::{Error, Result};
 use crate::plan::MergePlan;
@@ -45,10 +45,9 @@ pub fn check_destination(plan: &MergePlan, options: &OutputOptions) -> Result<()
         }
     }
     atomic::refuse_existing(destination, options.overwrite)?;
-    if destination.is_dir() && !looks_like_model(destination)? {
-        return Err(Error::NotReplaceable {
-            path: destination.clone(),
-        });
+    if let Some(reason) = why_not_replaceable(plan, destination)? {
+        let path = destination.clone();
+        return Err(Error::NotReplaceable { path, reason });
     }
     let directory = parent_of(destination);
     let needed = plan.output.files.iter().map(|file| file.bytes).sum();
@@ -169,10 +168,28 @@ fn absolute(path: &Path) -> Result<PathBuf> {
         .map_or(parent.clone(), |name| parent.join(name)))
 }
 
-/// Whether a directory may be replaced on request: it holds a model and nothing that a merge
-/// would not have written.
-fn looks_like_model(directory: &Path) -> Result<bool> {
-    Ok(directory.join("config.json").exists() && Checkpoint::open(directory).is_ok())
+/// Why what stands at the destination may not be replaced even on request: only a file by a file,
+/// and a directory by a directory if it holds a model and nothing that a merge would not have
+/// written.
+fn why_not_replaceable(plan: &MergePlan, destination: &Path) -> Result<Option<String>> {
+    let Ok(found) = std::fs::metadata(destination) else {
+        return Ok(None);
+    };
+    let reason = match (plan.base.layout() == Layout::File, found.is_dir()) {
+        (true, false) => return Ok(None),
+        (true, true) => "it is a directory, and the output is a file".to_owned(),
+        (false, false) => "it is a file, and the output is a directory".to_owned(),
+        (false, true) => match Checkpoint::open(destination) {
+            Ok(model) if model.config().is_some() => {
+                let Some(foreign) = assets::foreign_entry(&model)? else {
+                    return Ok(None);
+                };
+                format!("it holds {foreign}, which no merge writes")
+            }
+            _ => "it holds no model".to_owned(),
+        },
+    };
+    Ok(Some(reason))
 }
 
 /// Bytes that an unprivileged user may still write to the file system of `directory`.

@@ -89,6 +89,7 @@ impl MergePlan {
             mut problems,
             renames,
         } = resolve::resolve(&modules, &base);
+        problems.extend(stored_twice(&base));
         let orientations = orient(&base, &adapter, &locations, options, &mut problems);
         if !problems.is_empty() {
             let (adapter, base) = (adapter.path, base.path().to_owned());
@@ -171,6 +172,21 @@ impl MergePlan {
     pub fn parameter(&self, target: &PlannedTarget) -> &str {
         &self.base.info(target.location).name
     }
+}
+
+/// Tensors that two shards hold and the index does not list: an output can hold only one, and
+/// which of them is the model's cannot be told.
+fn stored_twice(base: &Checkpoint) -> Vec<PlanProblem> {
+    let shard = |location: Location| base.shards()[location.shard].name.clone();
+    let neighbours = base.tensors().zip(base.tensors().skip(1));
+    neighbours
+        .filter(|((_, first), (_, second))| first.name == second.name)
+        .map(|((first, info), (second, _))| PlanProblem::Twice {
+            tensor: info.name.clone(),
+            first: shard(first),
+            second: shard(second),
+        })
+        .collect()
 }
 
 /// The orientation of every resolved component, or a problem for it.

@@ -91,12 +91,14 @@ pub fn resolve(modules: &[&str], base: &Checkpoint) -> Resolution {
     resolution
 }
 
-/// A prefix that the base lacks and that is no known wrapper must stand before every module that
-/// was not found by its own name: one that stands before some of them only is another tower of the
-/// model (`vision_tower.`), not a wrapper.
+/// A prefix that the base lacks and that is no known wrapper must stand before every module: one
+/// that stands before some of them only is another tower of the model (`vision_tower.`), not a
+/// wrapper.
 fn refuse_uneven_prefixes(modules: &[&str], base: &Checkpoint, resolution: &mut Resolution) {
     let stripped = |rename: &(String, String)| rename.1.is_empty() && !is_wrapper(&rename.0);
-    if resolution.renames.len() < 2 || !resolution.renames.keys().any(stripped) {
+    let found = resolution.locations.iter().flatten().count();
+    let even = resolution.renames.values().all(|&modules| modules == found);
+    if even || !resolution.renames.keys().any(stripped) {
         return;
     }
     let suffixes = SuffixIndex::new(base);
@@ -217,9 +219,14 @@ impl<'a> SuffixIndex<'a> {
             [((_, location), theirs)] => {
                 Found::One { location: *location, rename: (ours, theirs.clone()) }
             }
-            several => Found::Several(
-                several.iter().map(|((stem, _), _)| format!("{stem}{PARAMETER}")).collect(),
-            ),
+            several => {
+                let name = |candidate: &(&(&str, Location), String)| {
+                    format!("{}{PARAMETER}", candidate.0.0)
+                };
+                let mut names: Vec<String> = several.iter().map(name).collect();
+                names.sort();
+                Found::Several(names)
+            }
         }
     }
 

@@ -205,7 +205,7 @@ const UNSUPPORTED: &[(&str, &str)] = &[
     ),
     (
         "non-default-name",
-        "non-default-name: the directory holds no adapter: looked for adapter_model.safetensors",
+        "non-default-name: the directory holds no adapter_model.safetensors, but `non-default-name/style` does",
     ),
     (
         "olora",

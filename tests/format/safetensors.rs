@@ -12,12 +12,15 @@ use crate::native::{encoded, random_adapter, vectors};
 use crate::peft::cases;
 use crate::{Random, read};
 
+/// A tensor's dtype, shape and offsets.
+type Entry = (String, Vec<usize>, (usize, usize));
+
 /// What a header says, in the terms of either implementation.
 #[derive(Debug, PartialEq)]
 struct Content {
     data_start: usize,
     metadata: BTreeMap<String, String>,
-    tensors: BTreeMap<String, (String, Vec<usize>, (usize, usize))>,
+    tensors: BTreeMap<String, Entry>,
 }
 
 fn ours(bytes: &[u8]) -> Option<Content> {

@@ -216,6 +216,16 @@ fn a_template_inside_the_adapters_config_is_not_shadowed() {
 }
 
 #[test]
+fn the_adapters_tokenizer_must_exist_to_be_asked_for() {
+    let case = case(&json!({}));
+    put(&case.base, &[("tokenizer.json", "base")]);
+    let plan = case.plan(&MergeOptions::default()).unwrap();
+    let error = Assets::plan(&plan.base, &plan.adapter, &plan.output, TokenizerSource::Adapter)
+        .unwrap_err();
+    assert!(error.to_string().ends_with("the adapter brings no tokenizer and no chat template"));
+}
+
+#[test]
 fn a_file_has_no_small_files() {
     let mut prng = Prng::new(62);
     let base = [Tensor::random(&mut prng, "m.0.q.weight", Dtype::F32, &[8, 12], 1.0)];

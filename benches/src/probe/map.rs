@@ -47,9 +47,8 @@ pub(super) fn output_window(
 ) -> io::Result<MmapMut> {
     // SAFETY: the file belongs to this probe alone and is as long as the range demands; no two
     // workers are given overlapping ranges.
-    let window = unsafe {
-        MmapOptions::new().offset(range.start as u64).len(range.len()).map_mut(file)?
-    };
+    let window =
+        unsafe { MmapOptions::new().offset(range.start as u64).len(range.len()).map_mut(file)? };
     if huge_pages {
         window.advise(Advice::HugePage)?;
     }

@@ -43,7 +43,20 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
         Err(Error::Unrecognised {
             problem: DetectProblem::NotAnAdapter { .. } | DetectProblem::NoAdapter,
             ..
-        }) => inspect_model(arguments),
+        }) => match Checkpoint::open(&arguments.path) {
+            Ok(model) => inspect_model(arguments, &model),
+            Err(Error::Unrecognised { path, problem: DetectProblem::NoModel }) => {
+                let message = format!(
+                    "{}: neither an adapter (adapter_model.safetensors) nor a model \
+                     (model.safetensors, model.safetensors.index.json or a single *.safetensors \
+                     file)",
+                    path.display()
+                );
+                let hint = "PEFT saves adapters with names of their own in subdirectories";
+                Err(Failure::new(message, Some(hint)))
+            }
+            Err(error) => Err(error.into()),
+        },
         Err(error) => Err(error.into()),
     }
 }
@@ -253,8 +266,7 @@ struct TensorReport<'a> {
     shard: &'a str,
 }
 
-fn inspect_model(arguments: &Arguments) -> Result<Outcome, Failure> {
-    let model = Checkpoint::open(&arguments.path)?;
+fn inspect_model(arguments: &Arguments, model: &Checkpoint) -> Result<Outcome, Failure> {
     if arguments.verify {
         let message = format!("{}: a model records no digest to verify", model.path().display());
         return Err(Failure::new(message, None));

@@ -61,13 +61,29 @@ pub(super) fn read_directory(path: &Path, options: &ReadOptions) -> Result<Adapt
         }
         return Err(unrecognised(match pickle {
             Some(_) => DetectProblem::PickleOnly { file: "adapter_model.bin".to_owned() },
-            None => DetectProblem::NoAdapter,
+            None => match adapters_inside(path)? {
+                names if names.is_empty() => DetectProblem::NoAdapter,
+                names => DetectProblem::AdaptersInside { names },
+            },
         }));
     };
     let file = open_safetensors(&model)?;
     let mut adapter = read_file(&file, existing(path, CONFIG_FILE).as_deref(), options)?;
     adapter.path = path.to_owned();
     Ok(adapter)
+}
+
+/// Subdirectories that hold an adapter: PEFT saves one there unless it is called `default`.
+fn adapters_inside(path: &Path) -> Result<Vec<String>> {
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(path).at(path, "list")? {
+        let inner = entry.at(path, "list")?.path();
+        if existing(&inner, MODEL_FILE).is_some() {
+            names.push(format!("`{}`", inner.display()));
+        }
+    }
+    names.sort();
+    Ok(names)
 }
 
 /// Reads PEFT's tensors with the configuration at `config`, or with the user's alpha.
@@ -437,6 +453,8 @@ fn explain_tensor(name: &str) -> &'static str {
         "a variant with more than two factors: not implemented yet"
     } else if holds(&["hada_", "lokr_", "ia3_", "oft_", "boft_", "vera_", "hra_", "miss_"]) {
         "a method other than LoRA: not implemented yet"
+    } else if holds(&["lora_"]) {
+        "an unknown kind of LoRA tensor"
     } else if ends(&[".bias"]) {
         "a trained bias: not implemented yet"
     } else {

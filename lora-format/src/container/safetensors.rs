@@ -222,6 +222,7 @@ struct RawHeader {
 }
 
 #[derive(serde::Deserialize)]
+#[serde(deny_unknown_fields)]
 struct RawTensor {
     dtype: String,
     shape: Vec<usize>,

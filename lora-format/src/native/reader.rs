@@ -118,6 +118,13 @@ pub fn read(file: &SafetensorsFile) -> Result<Adapter> {
     })
 }
 
+/// Whether this is `1.<minor>`, with a tag behind it or without.
+fn is_known(version: &str) -> bool {
+    let number = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+    let plain = version.split_once('-').map_or(version, |(plain, _)| plain);
+    plain.split_once('.').is_some_and(|(major, minor)| major == "1" && number(minor))
+}
+
 /// The configuration, checked for version and required features before anything is made of it.
 fn read_config(path: &Path, header: &Header) -> Result<Config> {
     let text = header.metadata_value(CONFIG_KEY).unwrap_or_default();
@@ -135,7 +142,7 @@ fn read_config(path: &Path, header: &Header) -> Result<Config> {
         return Err(malformed(serde::de::Error::custom("it must be an object")));
     }
     let version = value.get("version").and_then(Value::as_str).unwrap_or("none");
-    let known = version == super::VERSION || version == "1" || version.starts_with("1.");
+    let known = is_known(version);
     if !known {
         return Err(Error::Version { path: path.to_owned(), found: version.to_owned() });
     }

@@ -294,7 +294,13 @@ impl Engine<'_> {
         if state.remaining.fetch_sub(1, Ordering::AcqRel) == 1 {
             *lock(&state.factors) = None;
         }
-        Ok(stats.overflowed)
+        if stats.non_finite == 0 || self.options.allow_non_finite {
+            return Ok(stats.overflowed);
+        }
+        // The factors are finite here, so what the base did not bring overflowed, whether in the
+        // sum or in the delta itself.
+        let brought = non_finite(dtype_of(from), base).map_or(0, |found| found.0 as u64);
+        Ok(stats.non_finite.saturating_sub(brought).max(stats.overflowed))
     }
 
     /// The factors of a target as the kernels want them: left·right in the stored orientation.

@@ -34,7 +34,7 @@ pub(crate) const UNIT_ROWS: usize = 4;
 
 /// Rows that share a panel before the next panel is visited. Fixed by the
 /// contract because the order of units decides the last bits of the sums.
-pub(crate) const ROW_GROUP: usize = 16;
+pub(crate) const ROW_GROUP: usize = 64;
 
 /// How `W0 + Δ` becomes an element of the output type.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]

@@ -47,6 +47,12 @@ pub(crate) trait Vector: Copy {
     /// To nearest, ties to even, subnormals included.
     fn narrow_to_halves(self, value: Self::Floats) -> Self::Halves;
 
+    /// Hints that the element's cache line at byte `at`, which may lie beyond
+    /// the end, will be read.
+    fn will_read(self, bytes: &[u8], at: usize);
+    /// Hints that it will be written.
+    fn will_write(self, bytes: &mut [u8], at: usize);
+
     fn add(self, a: Self::Floats, b: Self::Floats) -> Self::Floats;
     fn sub(self, a: Self::Floats, b: Self::Floats) -> Self::Floats;
     /// `a · b + c`, one rounding.
@@ -101,6 +107,7 @@ macro_rules! four {
 }
 
 /// The same for eight registers.
+#[allow(unused_macros, reason = "each target uses its own selection")]
 macro_rules! eight {
     ($eighth:ident => $value:expr) => {
         $crate::kernels::vector::each!($eighth in 0, 1, 2, 3, 4, 5, 6, 7 => $value)

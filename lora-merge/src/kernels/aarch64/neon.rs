@@ -6,6 +6,7 @@
 #![expect(unsafe_code, reason = "intrinsics and unaligned loads")]
 
 use std::arch::aarch64::*;
+use std::arch::asm;
 use std::array;
 
 use super::super::factors::LANES;
@@ -57,7 +58,7 @@ impl Neon {
     }
 }
 
-/// An intrinsic without pointers.
+/// An intrinsic that touches no memory.
 macro_rules! neon {
     ($call:expr) => {
         // SAFETY: used in methods of `Neon` only, where `self` is proof of the
@@ -177,6 +178,25 @@ impl Vector for Neon {
         let mut lanes = [0.0; LANES];
         self.store(value, &mut lanes);
         lanes.map(|lane| FloatType::F16.encode(f64::from(lane)) as u16)
+    }
+
+    #[inline(always)]
+    fn will_read(self, bytes: &[u8], at: usize) {
+        let line = bytes.as_ptr().wrapping_add(at);
+        // SAFETY: a prefetch changes no state of the program and faults at no
+        // address.
+        unsafe {
+            asm!("prfm pldl1keep, [{}]", in(reg) line, options(nostack, readonly, preserves_flags));
+        }
+    }
+
+    #[inline(always)]
+    fn will_write(self, bytes: &mut [u8], at: usize) {
+        let line = bytes.as_ptr().wrapping_add(at);
+        // SAFETY: as in `will_read`.
+        unsafe {
+            asm!("prfm pstl1keep, [{}]", in(reg) line, options(nostack, readonly, preserves_flags));
+        }
     }
 
     #[inline(always)]

@@ -6,7 +6,7 @@ use super::super::scalar::Delta;
 use super::super::stats::LaneSums;
 use super::super::vector::Vector;
 use super::element::Element;
-use super::product::Block;
+use super::product::UnitBlock;
 
 /// Δ of a whole unit, on either path.
 pub(super) trait Deltas: Copy {
@@ -25,7 +25,7 @@ pub(super) trait Deltas: Copy {
 
 /// Δ on [`Path::F32`](super::super::Path).
 #[derive(Clone, Copy)]
-pub(super) struct Single<'a>(pub(super) &'a Block<f32>);
+pub(super) struct Single<'a>(pub(super) &'a UnitBlock<f32>);
 
 impl Deltas for Single<'_> {
     #[inline(always)]
@@ -36,20 +36,20 @@ impl Deltas for Single<'_> {
         row: usize,
         group: usize,
     ) -> (V::Floats, V::Floats) {
-        let delta = v.load(&self.0.0[row][group]);
+        let delta = v.load(&self.0[row][group]);
         (v.add(base, delta), delta)
     }
 
     #[inline(always)]
     fn get(self, row: usize, column: usize) -> Delta {
-        Delta::Single(self.0.0[row][column / LANES][column % LANES])
+        Delta::Single(self.0[row][column / LANES][column % LANES])
     }
 }
 
 /// Δ on [`Path::F64`](super::super::Path).
 #[derive(Clone, Copy)]
 pub(super) struct Double<'a> {
-    pub(super) sums: &'a Block<f64>,
+    pub(super) sums: &'a UnitBlock<f64>,
     pub(super) scale: f64,
 }
 
@@ -62,7 +62,7 @@ impl Deltas for Double<'_> {
         row: usize,
         group: usize,
     ) -> (V::Floats, V::Floats) {
-        let sum = v.load_f64(&self.sums.0[row][group]);
+        let sum = v.load_f64(&self.sums[row][group]);
         let scale = v.splat_f64(self.scale);
         let total = v.mul_add_f64(scale, sum, v.widen(base));
         (v.narrow(total), v.narrow(v.mul_f64(scale, sum)))
@@ -71,7 +71,7 @@ impl Deltas for Double<'_> {
     #[inline(always)]
     fn get(self, row: usize, column: usize) -> Delta {
         Delta::Double {
-            sum: self.sums.0[row][column / LANES][column % LANES],
+            sum: self.sums[row][column / LANES][column % LANES],
             scale: self.scale,
         }
     }
@@ -83,11 +83,23 @@ pub(super) struct Rows<Bytes> {
     pub(super) stride: usize,
 }
 
+/// How far ahead the rows are fetched into the first-level cache.
+const AHEAD: usize = 2 * PANEL;
+
 impl Rows<&[u8]> {
     #[inline(always)]
     fn row<E: Element>(&self, row: usize) -> &[u8] {
         let size = E::TYPE.size();
         &self.bytes[row * self.stride * size..][..PANEL * size]
+    }
+
+    /// Fetches the row's part two panels on.
+    #[inline(always)]
+    fn expect<V: Vector, E: Element>(&self, v: V, row: usize) {
+        let first = (row * self.stride + AHEAD) * E::TYPE.size();
+        for line in (0..PANEL * E::TYPE.size()).step_by(64) {
+            v.will_read(self.bytes, first + line);
+        }
     }
 }
 
@@ -96,6 +108,14 @@ impl Rows<&mut [u8]> {
     fn row<E: Element>(&mut self, row: usize) -> &mut [u8] {
         let size = E::TYPE.size();
         &mut self.bytes[row * self.stride * size..][..PANEL * size]
+    }
+
+    #[inline(always)]
+    fn expect<V: Vector, E: Element>(&mut self, v: V, row: usize) {
+        let first = (row * self.stride + AHEAD) * E::TYPE.size();
+        for line in (0..PANEL * E::TYPE.size()).step_by(64) {
+            v.will_write(self.bytes, first + line);
+        }
     }
 }
 
@@ -126,10 +146,10 @@ pub(super) fn finish<V: Vector, B: Element, O: Element, const PARTIAL: bool>(
     let mut unchanged = 0;
     for row in 0..rows.min(UNIT_ROWS) {
         if !PARTIAL {
-            let b = base.bytes.as_ptr().wrapping_add((row * base.stride + 2 * PANEL) * B::TYPE.size());
-            let o = out.bytes.as_ptr().wrapping_add((row * out.stride + 2 * PANEL) * O::TYPE.size());
-            #[allow(unsafe_code)]
-            unsafe { use std::arch::x86_64::*; _mm_prefetch::<_MM_HINT_T0>(b.cast()); _mm_prefetch::<_MM_HINT_T0>(b.wrapping_add(64).cast()); _mm_prefetch::<_MM_HINT_ET0>(o.cast()); _mm_prefetch::<_MM_HINT_ET0>(o.wrapping_add(64).cast()); }
+            // Rows are too far apart, and visited too briefly, for the CPU to
+            // foresee the panel after next.
+            base.expect::<V, B>(v, row);
+            out.expect::<V, O>(v, row);
         }
         let base = base.row::<B>(row);
         let out = out.row::<O>(row);

@@ -21,81 +21,84 @@ pub(crate) fn merge<V: Vector, B: Element, O: Element>(
     out: &mut [u8],
 ) -> TileStats {
     const { assert!(GROUPS.is_multiple_of(V::GROUPS_AT_ONCE)) };
-    let &Tile { factors, region, base, .. } = tile;
+    match tile.factors.path() {
+        Path::F32 => merge_single::<V, B, O>(v, tile, out),
+        Path::F64 => merge_double::<V, B, O>(v, tile, out),
+    }
+}
+
+#[inline(always)]
+fn merge_single<V: Vector, B: Element, O: Element>(
+    v: V,
+    tile: &Tile<'_>,
+    out: &mut [u8],
+) -> TileStats {
     let mut tally = Tally::ZERO;
-    let mut single = Block::splat(0.0_f32);
-    match factors.path() {
-        Path::F32 => {
-            for (unit, place, first) in Units::of(tile) {
-                product::single(v, factors, &place, &mut single);
-                if unit.columns < PANEL {
-                    single.pad(unit.columns, 0.0);
-                }
-                let base = &base[first * B::TYPE.size()..];
-                let out = &mut out[first * O::TYPE.size()..];
-                finish::<V, B, O>(v, &unit, Single(&single), base, out, &mut tally);
-            }
+    let mut deltas = Block::splat(0.0_f32);
+    for band in Bands::of(tile) {
+        product::single(v, tile.factors, &band.place(tile), &mut deltas);
+        if band.columns < PANEL {
+            deltas.pad(band.columns, 0.0);
         }
-        Path::F64 => {
-            let mut double = Block::splat(0.0_f64);
-            for (unit, place, first) in Units::of(tile) {
-                product::double(v, factors, &place, &mut single, &mut double);
-                if unit.columns < PANEL {
-                    double.pad(unit.columns, 0.0);
-                }
-                let deltas = Double { sums: &double, scale: factors.scale() };
-                let base = &base[first * B::TYPE.size()..];
-                let out = &mut out[first * O::TYPE.size()..];
-                finish::<V, B, O>(v, &unit, deltas, base, out, &mut tally);
-            }
+        for (number, deltas) in deltas.0.iter().enumerate().take(band.units()) {
+            finish::<V, B, O>(v, tile, &band.unit(tile, number), Single(deltas), out, &mut tally);
         }
     }
-    tally.finish((region.rows * region.cols) as u64)
+    tally.finish((tile.region.rows * tile.region.cols) as u64)
 }
 
-/// The units of a tile in the order the contract fixes: groups of rows, then
-/// panels, then units.
-struct Units<'a> {
-    tile: &'a Tile<'a>,
-    group: usize,
-    column: usize,
+#[inline(always)]
+fn merge_double<V: Vector, B: Element, O: Element>(
+    v: V,
+    tile: &Tile<'_>,
+    out: &mut [u8],
+) -> TileStats {
+    let mut tally = Tally::ZERO;
+    let mut sums = Block::splat(0.0_f64);
+    let scale = tile.factors.scale();
+    for band in Bands::of(tile) {
+        product::double(v, tile.factors, &band.place(tile), &mut sums);
+        if band.columns < PANEL {
+            sums.pad(band.columns, 0.0);
+        }
+        for (number, sums) in sums.0.iter().enumerate().take(band.units()) {
+            let deltas = Double { sums, scale };
+            finish::<V, B, O>(v, tile, &band.unit(tile, number), deltas, out, &mut tally);
+        }
+    }
+    tally.finish((tile.region.rows * tile.region.cols) as u64)
+}
+
+/// A group of rows by one panel, in the coordinates of the tile.
+#[derive(Clone, Copy)]
+struct Band {
     row: usize,
+    rows: usize,
+    column: usize,
+    columns: usize,
 }
 
-impl<'a> Units<'a> {
-    fn of(tile: &'a Tile<'a>) -> Self {
-        Self { tile, group: 0, column: 0, row: 0 }
-    }
-}
-
-impl Iterator for Units<'_> {
-    /// The unit, its place in the tensor, and its first element in the tile.
-    type Item = (Unit, Place, usize);
-
+impl Band {
     #[inline(always)]
-    fn next(&mut self) -> Option<Self::Item> {
-        let &Tile { factors, region, base_type, out_type, rounding, .. } = self.tile;
-        let mut group_end = region.rows.min(self.group + ROW_GROUP);
-        if self.row >= group_end {
-            self.column += PANEL;
-            self.row = self.group;
-        }
-        if self.column >= region.cols {
-            self.group += ROW_GROUP;
-            self.column = 0;
-            self.row = self.group;
-            group_end = region.rows.min(self.group + ROW_GROUP);
-        }
-        if self.row >= region.rows || region.cols == 0 {
-            return None;
-        }
-        let (row, column) = (self.row, self.column);
-        self.row += UNIT_ROWS;
-        let (tensor_row, tensor_column) = (region.row + row, region.col + column);
+    fn place(&self, tile: &Tile<'_>) -> Place {
+        let panel = (tile.region.col + self.column) / PANEL;
+        Place { row: tile.region.row + self.row, rows: self.rows, panel }
+    }
+
+    fn units(&self) -> usize {
+        self.rows.div_ceil(UNIT_ROWS)
+    }
+
+    /// One of the units, top to bottom, and its first element in the tile.
+    #[inline(always)]
+    fn unit(&self, tile: &Tile<'_>, number: usize) -> (Unit, usize) {
+        let &Tile { factors, region, base_type, out_type, rounding, .. } = tile;
+        let row = self.row + number * UNIT_ROWS;
         let index_stride = factors.cols() as u64;
+        let (tensor_row, tensor_column) = (region.row + row, region.col + self.column);
         let unit = Unit {
-            rows: UNIT_ROWS.min(group_end - row),
-            columns: PANEL.min(region.cols - column),
+            rows: UNIT_ROWS.min(self.row + self.rows - row),
+            columns: self.columns,
             base_type,
             out_type,
             stride: region.cols,
@@ -103,8 +106,42 @@ impl Iterator for Units<'_> {
             first_index: tensor_row as u64 * index_stride + tensor_column as u64,
             index_stride,
         };
-        let place = Place { row: tensor_row, rows: unit.rows, panel: tensor_column / PANEL };
-        Some((unit, place, row * region.cols + column))
+        (unit, row * region.cols + self.column)
+    }
+}
+
+/// The bands of a tile in the order the contract fixes: panels within groups
+/// of rows.
+struct Bands {
+    rows: usize,
+    cols: usize,
+    row: usize,
+    column: usize,
+}
+
+impl Bands {
+    fn of(tile: &Tile<'_>) -> Self {
+        Self { rows: tile.region.rows, cols: tile.region.cols, row: 0, column: 0 }
+    }
+}
+
+impl Iterator for Bands {
+    type Item = Band;
+
+    #[inline(always)]
+    fn next(&mut self) -> Option<Band> {
+        if self.column >= self.cols {
+            self.column = 0;
+            self.row += ROW_GROUP;
+        }
+        if self.row >= self.rows || self.cols == 0 {
+            return None;
+        }
+        let (row, column) = (self.row, self.column);
+        self.column += PANEL;
+        let rows = ROW_GROUP.min(self.rows - row);
+        let columns = PANEL.min(self.cols - column);
+        Some(Band { row, rows, column, columns })
     }
 }
 
@@ -112,12 +149,14 @@ impl Iterator for Units<'_> {
 #[inline(always)]
 fn finish<V: Vector, B: Element, O: Element>(
     v: V,
-    unit: &Unit,
+    tile: &Tile<'_>,
+    &(ref unit, first): &(Unit, usize),
     deltas: impl Deltas,
-    base: &[u8],
     out: &mut [u8],
     tally: &mut Tally,
 ) {
+    let base = &tile.base[first * B::TYPE.size()..];
+    let out = &mut out[first * O::TYPE.size()..];
     let finished = match unit.rounding {
         Rounding::Stochastic { .. } => None,
         Rounding::Nearest if unit.columns == PANEL => {

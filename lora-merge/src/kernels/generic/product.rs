@@ -1,28 +1,38 @@
 //! The product of the factors: four rows by one panel.
 
-use super::super::UNIT_ROWS;
+use super::super::{ROW_GROUP, UNIT_ROWS};
 use super::super::factors::{CHUNK, Factors, GROUPS, LANES, PANEL, PanelRow};
 use super::super::vector::Vector;
 
-/// A unit's worth of intermediate results, in the first-level cache.
-#[derive(Clone, Copy)]
+/// Δ of one unit, before it is finished.
+pub(super) type UnitBlock<T> = [[[T; LANES]; GROUPS]; UNIT_ROWS];
+
+/// Units in a group of rows.
+const UNITS: usize = ROW_GROUP / UNIT_ROWS;
+
+/// Δ of a group of rows by one panel: small enough to stay in the first-level
+/// cache beside a chunk of the right factor.
 #[repr(align(64))]
-pub(super) struct Block<T>(pub(super) [[[T; LANES]; GROUPS]; UNIT_ROWS]);
+pub(super) struct Block<T>(pub(super) [UnitBlock<T>; UNITS]);
+
+/// Room for one chunk's chains.
+#[repr(align(64))]
+struct AlignedUnit(UnitBlock<f32>);
 
 impl<T: Copy> Block<T> {
     pub(super) fn splat(value: T) -> Self {
-        Self([[[value; LANES]; GROUPS]; UNIT_ROWS])
+        Self([[[[value; LANES]; GROUPS]; UNIT_ROWS]; UNITS])
     }
 
     /// Overwrites everything right of the first `columns` columns.
     pub(super) fn pad(&mut self, columns: usize, value: T) {
-        for row in &mut self.0 {
+        for row in self.0.as_flattened_mut() {
             row.as_flattened_mut()[columns.min(PANEL)..].fill(value);
         }
     }
 }
 
-/// Where a unit lies in the tensor.
+/// Where a group of rows by one panel lies in the tensor.
 #[derive(Clone, Copy)]
 pub(super) struct Place {
     pub(super) row: usize,
@@ -30,53 +40,65 @@ pub(super) struct Place {
     pub(super) panel: usize,
 }
 
-/// Four rows of the left factor. Rows the unit does not have repeat its last
-/// one: the lanes are independent and nobody reads the result.
-#[inline(always)]
-fn left_rows<'a>(factors: &'a Factors, place: &Place) -> [&'a [f32]; UNIT_ROWS] {
-    std::array::from_fn(|row| factors.left_row(place.row + row.min(place.rows - 1)))
+impl Place {
+    /// Four rows of the left factor, ranks `start..end`. Rows the tile does not
+    /// have repeat its last one: the lanes are independent and nobody reads
+    /// the result.
+    #[inline(always)]
+    fn left<'a>(
+        &self,
+        factors: &'a Factors,
+        unit: usize,
+        start: usize,
+        end: usize,
+    ) -> [&'a [f32]; UNIT_ROWS] {
+        let mut rows: [&[f32]; UNIT_ROWS] = [&[]; UNIT_ROWS];
+        for (row, left) in rows.iter_mut().enumerate() {
+            let row = (unit * UNIT_ROWS + row).min(self.rows - 1);
+            *left = &factors.left_row(self.row + row)[start..end];
+        }
+        rows
+    }
+
+    fn units(&self) -> usize {
+        self.rows.div_ceil(UNIT_ROWS).min(UNITS)
+    }
 }
 
 /// [`Path::F32`](super::super::Path): one chain.
 #[inline(always)]
 pub(super) fn single<V: Vector>(v: V, factors: &Factors, place: &Place, out: &mut Block<f32>) {
-    chain(
-        v,
-        left_rows(factors, place),
-        factors.right_panel(place.panel),
-        out,
-    );
+    let right = factors.right_panel(place.panel);
+    for unit in 0..place.units() {
+        let left = place.left(factors, unit, 0, factors.rank());
+        chain(v, left, right, &mut out.0[unit]);
+    }
 }
 
 /// [`Path::F64`](super::super::Path): chunk after chunk, summed in `f64`.
-/// `chunk` is room for one of them.
+///
+/// Every unit of the group takes its turn before the next chunk does, while
+/// the chunk of the right factor is still in the first-level cache.
 #[inline(always)]
-pub(super) fn double<V: Vector>(
-    v: V,
-    factors: &Factors,
-    place: &Place,
-    chunk: &mut Block<f32>,
-    out: &mut Block<f64>,
-) {
-    let left = left_rows(factors, place);
+pub(super) fn double<V: Vector>(v: V, factors: &Factors, place: &Place, out: &mut Block<f64>) {
     let right = factors.right_panel(place.panel);
-    // Also right for rank 0, whose sum is zero.
-    let first = factors.rank().min(CHUNK);
-    chain(v, left.map(|row| &row[..first]), &right[..first], chunk);
-    for row in 0..UNIT_ROWS {
-        for group in 0..GROUPS {
-            let term = v.widen(v.load(&chunk.0[row][group]));
-            v.store_f64(term, &mut out.0[row][group]);
-        }
-    }
-    for start in (CHUNK..factors.rank()).step_by(CHUNK) {
+    let mut chunk = AlignedUnit([[[0.0_f32; LANES]; GROUPS]; UNIT_ROWS]);
+    // Rank 0 has one chunk too, an empty one, whose sum is zero.
+    for start in (0..factors.rank().max(1)).step_by(CHUNK) {
         let end = factors.rank().min(start + CHUNK);
-        chain(v, left.map(|row| &row[start..end]), &right[start..end], chunk);
-        for row in 0..UNIT_ROWS {
-            for group in 0..GROUPS {
-                let sum = v.load_f64(&out.0[row][group]);
-                let term = v.widen(v.load(&chunk.0[row][group]));
-                v.store_f64(v.add_f64(sum, term), &mut out.0[row][group]);
+        for unit in 0..place.units() {
+            let left = place.left(factors, unit, start, end);
+            let chunk = &mut chunk.0;
+            chain(v, left, &right[start..end], chunk);
+            let out = &mut out.0[unit];
+            for row in 0..UNIT_ROWS {
+                for group in 0..GROUPS {
+                    let mut sum = v.widen(v.load(&chunk[row][group]));
+                    if start > 0 {
+                        sum = v.add_f64(v.load_f64(&out[row][group]), sum);
+                    }
+                    v.store_f64(sum, &mut out[row][group]);
+                }
             }
         }
     }
@@ -85,7 +107,7 @@ pub(super) fn double<V: Vector>(
 /// `out = left · right`, every element a chain of fused multiply-adds in
 /// order of k, from +0.
 #[inline(always)]
-fn chain<V: Vector>(v: V, left: [&[f32]; UNIT_ROWS], right: &[PanelRow], out: &mut Block<f32>) {
+fn chain<V: Vector>(v: V, left: [&[f32]; UNIT_ROWS], right: &[PanelRow], out: &mut UnitBlock<f32>) {
     if V::GROUPS_AT_ONCE == GROUPS {
         chain_groups::<V, GROUPS>(v, left, right, out, 0);
     } else {
@@ -101,7 +123,7 @@ fn chain_groups<V: Vector, const COUNT: usize>(
     v: V,
     left: [&[f32]; UNIT_ROWS],
     right: &[PanelRow],
-    out: &mut Block<f32>,
+    out: &mut UnitBlock<f32>,
     first: usize,
 ) {
     // Equal lengths, said once, let the loop run without bounds checks.
@@ -121,7 +143,11 @@ fn chain_groups<V: Vector, const COUNT: usize>(
     }
     for row in 0..UNIT_ROWS {
         for group in 0..COUNT {
-            v.store(sums[row][group], &mut out.0[row][first + group]);
+            v.store(sums[row][group], &mut out[row][first + group]);
         }
     }
+    // The sums now live in memory and nowhere else. Left alone, the compiler
+    // keeps them in registers for their next reader and spills the sums of the
+    // next chain, inside its inner loop.
+    std::hint::black_box(out);
 }

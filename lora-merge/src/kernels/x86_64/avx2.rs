@@ -57,7 +57,7 @@ impl Avx2 {
     }
 }
 
-/// An intrinsic without pointers.
+/// An intrinsic that reads and writes no memory (a prefetch does neither).
 macro_rules! avx2 {
     ($call:expr) => {
         // SAFETY: used in methods of `Avx2` only, where `self` is proof of the
@@ -162,6 +162,16 @@ impl Vector for Avx2 {
         let [lower, upper] =
             both!(half => avx2!(_mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(value[half])));
         avx2!(_mm256_set_m128i(upper, lower))
+    }
+
+    #[inline(always)]
+    fn will_read(self, bytes: &[u8], at: usize) {
+        avx2!(_mm_prefetch::<_MM_HINT_T0>(bytes.as_ptr().wrapping_add(at).cast()));
+    }
+
+    #[inline(always)]
+    fn will_write(self, bytes: &mut [u8], at: usize) {
+        avx2!(_mm_prefetch::<_MM_HINT_ET0>(bytes.as_ptr().wrapping_add(at).cast()));
     }
 
     #[inline(always)]

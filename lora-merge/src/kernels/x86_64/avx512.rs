@@ -62,7 +62,7 @@ impl Avx512 {
     }
 }
 
-/// An intrinsic without pointers.
+/// An intrinsic that reads and writes no memory (a prefetch does neither).
 macro_rules! avx512 {
     ($call:expr) => {
         // SAFETY: used in methods of `Avx512` only, where `self` is proof of
@@ -155,6 +155,16 @@ impl Vector for Avx512 {
         avx512!(_mm512_cvtps_ph::<
             { _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC },
         >(value))
+    }
+
+    #[inline(always)]
+    fn will_read(self, bytes: &[u8], at: usize) {
+        avx512!(_mm_prefetch::<_MM_HINT_T0>(bytes.as_ptr().wrapping_add(at).cast()));
+    }
+
+    #[inline(always)]
+    fn will_write(self, bytes: &mut [u8], at: usize) {
+        avx512!(_mm_prefetch::<_MM_HINT_ET0>(bytes.as_ptr().wrapping_add(at).cast()));
     }
 
     #[inline(always)]
