@@ -85,9 +85,7 @@ fn is_other_asset(name: &str) -> bool {
     // Models with code of their own load only with it beside them.
     OTHERS.contains(&name)
         || name.ends_with(".py")
-        || legal
-            .iter()
-            .any(|prefix| name.to_ascii_uppercase().starts_with(prefix))
+        || legal.iter().any(|prefix| name.to_ascii_uppercase().starts_with(prefix))
 }
 
 /// A module directory of sentence-transformers, such as `1_Pooling`.
@@ -128,11 +126,8 @@ impl Assets {
     }
 
     fn take_base(&mut self, base: &Checkpoint) -> Result<()> {
-        let weights: BTreeSet<&str> = base
-            .shards()
-            .iter()
-            .map(|shard| shard.name.as_str())
-            .collect();
+        let weights: BTreeSet<&str> =
+            base.shards().iter().map(|shard| shard.name.as_str()).collect();
         for (name, path, directory) in list(base.path())? {
             if directory && is_module_directory(&name) {
                 for (inner, path, directory) in list(&path)? {
@@ -154,8 +149,7 @@ impl Assets {
                 && name != lora_format::checkpoint::INDEX_FILE
                 && !name.starts_with('.')
             {
-                self.left_behind
-                    .push(if directory { format!("{name}/") } else { name });
+                self.left_behind.push(if directory { format!("{name}/") } else { name });
             }
         }
         Ok(())
@@ -198,8 +192,7 @@ impl Assets {
             set_dtype(&mut edited, name, "", &mut self.config_changes);
             if !edited.contains_key("dtype") && !edited.contains_key("torch_dtype") {
                 edited.insert("torch_dtype".to_owned(), json!(name));
-                self.config_changes
-                    .push(format!("torch_dtype added: {name}"));
+                self.config_changes.push(format!("torch_dtype added: {name}"));
             }
         }
         if edited.contains_key("quantization_config") && !is_quantised(base) {
@@ -217,14 +210,9 @@ impl Assets {
 fn set_dtype(config: &mut Map<String, Value>, dtype: &str, at: &str, changes: &mut Vec<String>) {
     for key in ["dtype", "torch_dtype"] {
         if let Some(value) = config.get_mut(key)
-            && value
-                .as_str()
-                .is_some_and(|old| old != dtype && old != "auto")
+            && value.as_str().is_some_and(|old| old != dtype && old != "auto")
         {
-            changes.push(format!(
-                "{at}{key}: {} → {dtype}",
-                value.as_str().unwrap_or_default()
-            ));
+            changes.push(format!("{at}{key}: {} → {dtype}", value.as_str().unwrap_or_default()));
             *value = json!(dtype);
         }
     }
@@ -246,10 +234,7 @@ fn main_dtype(layout: &OutputLayout) -> Option<Dtype> {
             *bytes.entry(tensor.dtype).or_default() += tensor.bytes;
         }
     }
-    bytes
-        .into_iter()
-        .max_by_key(|entry| entry.1)
-        .map(|entry| entry.0)
+    bytes.into_iter().max_by_key(|entry| entry.1).map(|entry| entry.0)
 }
 
 /// Whether any tensor is stored as quantisers store them.
@@ -278,11 +263,7 @@ fn adapter_directory(adapter: &Adapter) -> Option<&Path> {
     if adapter.format != AdapterFormat::Peft {
         return None;
     }
-    if adapter.path.is_dir() {
-        Some(&adapter.path)
-    } else {
-        Some(parent_of(&adapter.path))
-    }
+    if adapter.path.is_dir() { Some(&adapter.path) } else { Some(parent_of(&adapter.path)) }
 }
 
 /// A file or directory beside a model's weights that no merge writes.
@@ -298,11 +279,7 @@ fn list(directory: &Path) -> Result<Vec<(String, PathBuf, bool)>> {
     let mut entries = Vec::new();
     for entry in std::fs::read_dir(directory).at(directory, "list")? {
         let path = entry.at(directory, "list")?.path();
-        let name = path
-            .file_name()
-            .unwrap_or_default()
-            .to_string_lossy()
-            .into_owned();
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let is_directory = path.is_dir();
         entries.push((name, path, is_directory));
     }

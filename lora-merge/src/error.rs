@@ -119,32 +119,18 @@ pub enum Error {
 #[allow(missing_docs, reason = "the messages are the documentation")]
 pub enum PlanProblem {
     #[error("`{module}`: the base has no such parameter{}", nearest_text(nearest))]
-    Unresolved {
-        module: String,
-        nearest: Vec<String>,
-    },
+    Unresolved { module: String, nearest: Vec<String> },
     #[error(
         "`{module}`: the base ties the output layer to the input embedding and stores no \
          `{module}.weight`; merging into one of two tied weights changes both"
     )]
     Tied { module: String },
     #[error("`{module}`: fits several parameters of the base: {}", candidates.join(", "))]
-    Ambiguous {
-        module: String,
-        candidates: Vec<String>,
-    },
+    Ambiguous { module: String, candidates: Vec<String> },
     #[error("`{tensor}` is in {first} and in {second}, and the index names neither")]
-    Twice {
-        tensor: String,
-        first: String,
-        second: String,
-    },
+    Twice { tensor: String, first: String, second: String },
     #[error("`{first}` and `{second}` both resolve to `{parameter}`")]
-    Collision {
-        first: String,
-        second: String,
-        parameter: String,
-    },
+    Collision { first: String, second: String, parameter: String },
     #[error(
         "`{parameter}`: the base stores {shape}, B·A is {out_features} × {in_features}: {cause}"
     )]
@@ -159,11 +145,7 @@ pub enum PlanProblem {
         "`{parameter}`: the base stores it as {dtype}{}: quantised bases are not implemented yet",
         method_text(method)
     )]
-    Quantised {
-        parameter: String,
-        dtype: Dtype,
-        method: Option<String>,
-    },
+    Quantised { parameter: String, dtype: Dtype, method: Option<String> },
     #[error(
         "`{parameter}` is square, and whether it is stored as (out, in) or (in, out) is contradictory: {evidence}"
     )]
@@ -208,9 +190,7 @@ fn nearest_text(nearest: &[String]) -> String {
 }
 
 fn method_text(method: &Option<String>) -> String {
-    method
-        .as_ref()
-        .map_or_else(String::new, |method| format!(" (quantised with {method})"))
+    method.as_ref().map_or_else(String::new, |method| format!(" (quantised with {method})"))
 }
 
 fn list(adapter: &std::path::Path, base: &std::path::Path, problems: &[PlanProblem]) -> String {

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use lora_format::IoContext;
 use lora_format::checkpoint::{Checkpoint, INDEX_FILE, Layout};
+use lora_format::codec::peft;
 use lora_format::io::atomic::{
     self, AtomicFile, Durability, Overwrite, StagedDirectory, parent_of,
 };
@@ -37,7 +38,12 @@ pub fn check_destination(plan: &MergePlan, options: &OutputOptions) -> Result<()
     let destination = &options.destination;
     let output = absolute(destination)?;
     let shards = plan.base.shards().iter().map(|shard| shard.file.path());
-    for input in shards.chain([plan.base.path(), plan.adapter.path.as_path()]) {
+    let adapter = plan.adapter.path.as_path();
+    let adapter_directory = if adapter.is_dir() { adapter } else { parent_of(adapter) };
+    let adapter_files =
+        [peft::MODEL_FILE, peft::CONFIG_FILE].map(|name| adapter_directory.join(name));
+    let adapter_files = adapter_files.iter().map(PathBuf::as_path).filter(|path| path.exists());
+    for input in shards.chain([plan.base.path(), adapter]).chain(adapter_files) {
         // The input itself, or a directory that holds it.
         if absolute(input)?.starts_with(&output) {
             let (output, input) = (destination.clone(), input.to_owned());
@@ -52,11 +58,9 @@ pub fn check_destination(plan: &MergePlan, options: &OutputOptions) -> Result<()
     let directory = parent_of(destination);
     let needed = plan.output.files.iter().map(|file| file.bytes).sum();
     match free_bytes(directory) {
-        Some(free) if free < needed => Err(Error::NoSpace {
-            directory: directory.to_owned(),
-            needed,
-            free,
-        }),
+        Some(free) if free < needed => {
+            Err(Error::NoSpace { directory: directory.to_owned(), needed, free })
+        }
         _ => Ok(()),
     }
 }
@@ -76,10 +80,7 @@ pub fn write(
     check_destination(plan, options)?;
     if plan.base.layout() == Layout::File {
         let output = AtomicFile::create(&options.destination, options.overwrite)?;
-        let handle = OutputHandle {
-            path: &options.destination,
-            file: output.file(),
-        };
+        let handle = OutputHandle { path: &options.destination, file: output.file() };
         let report = engine::fill(plan, &[handle], run, progress)?;
         output.commit(options.durability)?;
         return Ok(report);
@@ -95,21 +96,14 @@ fn write_directory(
     progress: &Progress,
 ) -> Result<MergeReport> {
     let staging = StagedDirectory::create(&options.destination, options.overwrite)?;
-    let paths: Vec<PathBuf> = plan
-        .output
-        .files
-        .iter()
-        .map(|file| staging.path().join(&file.name))
-        .collect();
+    let paths: Vec<PathBuf> =
+        plan.output.files.iter().map(|file| staging.path().join(&file.name)).collect();
     let mut files = Vec::with_capacity(paths.len());
     for path in &paths {
         files.push(File::create_new(path).at(path, "create")?);
     }
-    let handles: Vec<OutputHandle<'_>> = paths
-        .iter()
-        .zip(&files)
-        .map(|(path, file)| OutputHandle { path, file })
-        .collect();
+    let handles: Vec<OutputHandle<'_>> =
+        paths.iter().zip(&files).map(|(path, file)| OutputHandle { path, file }).collect();
     let report = engine::fill(plan, &handles, run, progress)?;
     for handle in &handles {
         finish_file(handle.file, handle.path, options.durability)?;
@@ -145,11 +139,8 @@ fn finish_file(file: &File, path: &Path, durability: Durability) -> Result<()> {
 
 /// Two-space indentation and a final newline, as transformers writes its JSON files.
 fn write_json(path: &Path, value: &Map<String, Value>, durability: Durability) -> Result<()> {
-    let mut text =
-        serde_json::to_string_pretty(value).map_err(|source| lora_format::Error::Json {
-            path: path.to_owned(),
-            source,
-        })?;
+    let mut text = serde_json::to_string_pretty(value)
+        .map_err(|source| lora_format::Error::Json { path: path.to_owned(), source })?;
     text.push('\n');
     std::fs::write(path, text).at(path, "write")?;
     let file = File::open(path).at(path, "open")?;
@@ -163,9 +154,7 @@ fn absolute(path: &Path) -> Result<PathBuf> {
     }
     let parent = parent_of(path);
     let parent = parent.canonicalize().at(parent, "open")?;
-    Ok(path
-        .file_name()
-        .map_or(parent.clone(), |name| parent.join(name)))
+    Ok(path.file_name().map_or(parent.clone(), |name| parent.join(name)))
 }
 
 /// Why what stands at the destination may not be replaced even on request: only a file by a file,

@@ -79,25 +79,14 @@ impl MergePlan {
     /// [`Error::Plan`] with everything that does not fit, [`Error::DifferentBase`], or what reading
     /// sampled values of the base meets.
     pub fn new(base: Checkpoint, adapter: Adapter, options: &MergeOptions) -> Result<MergePlan> {
-        let modules: Vec<&str> = adapter
-            .components
-            .iter()
-            .map(|c| c.target.module.as_str())
-            .collect();
-        let Resolution {
-            locations,
-            mut problems,
-            renames,
-        } = resolve::resolve(&modules, &base);
+        let modules: Vec<&str> =
+            adapter.components.iter().map(|c| c.target.module.as_str()).collect();
+        let Resolution { locations, mut problems, renames } = resolve::resolve(&modules, &base);
         problems.extend(stored_twice(&base));
         let orientations = orient(&base, &adapter, &locations, options, &mut problems);
         if !problems.is_empty() {
             let (adapter, base) = (adapter.path, base.path().to_owned());
-            return Err(Error::Plan {
-                adapter,
-                base,
-                problems,
-            });
+            return Err(Error::Plan { adapter, base, problems });
         }
 
         let mut targets = Vec::with_capacity(locations.len());
@@ -110,23 +99,12 @@ impl MergePlan {
                 Form::LowRank(factors) => factors.scale() * options.scale,
                 _ => continue,
             };
-            targets.push(PlannedTarget {
-                component,
-                location,
-                orientation,
-                scale,
-            });
+            targets.push(PlannedTarget { component, location, orientation, scale });
         }
 
         let identity = identity::check(&base, &adapter, &targets)?;
-        if let (
-            Verdict::Different {
-                equal,
-                compared,
-                first,
-            },
-            false,
-        ) = (&identity, options.allow_different_base)
+        if let (Verdict::Different { equal, compared, first }, false) =
+            (&identity, options.allow_different_base)
         {
             return Err(Error::DifferentBase {
                 adapter: adapter.path,
@@ -137,11 +115,8 @@ impl MergePlan {
             });
         }
 
-        let by_location: HashMap<Location, usize> = targets
-            .iter()
-            .enumerate()
-            .map(|(index, target)| (target.location, index))
-            .collect();
+        let by_location: HashMap<Location, usize> =
+            targets.iter().enumerate().map(|(index, target)| (target.location, index)).collect();
         let choices = Choices {
             dtype: options.dtype,
             targets: &by_location,
@@ -149,15 +124,7 @@ impl MergePlan {
         };
         let output = layout::lay_out(&base, &choices)?;
         let notes = adapter.notes.iter().chain(base.notes()).cloned().collect();
-        Ok(MergePlan {
-            base,
-            adapter,
-            targets,
-            renames,
-            identity,
-            output,
-            notes,
-        })
+        Ok(MergePlan { base, adapter, targets, renames, identity, output, notes })
     }
 
     /// The factors of a target.
@@ -219,12 +186,7 @@ fn orient(
             FromShape::Misfit(problem) => problems.push(problem),
         }
     }
-    let judge = Judge::new(
-        base,
-        adapter.fan_in_fan_out,
-        options.fan_in_fan_out,
-        decided,
-    );
+    let judge = Judge::new(base, adapter.fan_in_fan_out, options.fan_in_fan_out, decided);
     for (index, parameter) in squares {
         match judge.square(parameter) {
             Ok(orientation) => orientations[index] = Some(orientation),
@@ -239,23 +201,12 @@ fn unmergeable(base: &Checkpoint, parameter: &str, dtype: Dtype) -> Option<PlanP
     if !dtype.is_merge_float() {
         let method = base
             .config()
-            .and_then(|config| {
-                config
-                    .get("quantization_config")?
-                    .get("quant_method")?
-                    .as_str()
-            })
+            .and_then(|config| config.get("quantization_config")?.get("quant_method")?.as_str())
             .map(str::to_owned);
         let parameter = parameter.to_owned();
-        return Some(PlanProblem::Quantised {
-            parameter,
-            dtype,
-            method,
-        });
+        return Some(PlanProblem::Quantised { parameter, dtype, method });
     }
-    let tied = base
-        .config()
-        .and_then(|config| config.get("tie_word_embeddings")?.as_bool());
+    let tied = base.config().and_then(|config| config.get("tie_word_embeddings")?.as_bool());
     if tied == Some(true)
         && (parameter.ends_with("lm_head.weight") || resolve::is_input_embedding(parameter))
     {

@@ -89,8 +89,7 @@ impl Scratch {
             Tensor::random(&mut prng, "model.norm.weight", Dtype::Bf16, &[24], 1.0),
         ];
         write_tensors(&scratch.path("base.safetensors"), &base, &[("format", "pt")]);
-        let factors =
-            Factors::random(&mut prng, "model.layers.0.q", (16, 24, 4), Dtype::F32, 0.3);
+        let factors = Factors::random(&mut prng, "model.layers.0.q", (16, 24, 4), Dtype::F32, 0.3);
         write_adapter(&scratch.path("lora"), &[factors], &json!({}));
         scratch
     }

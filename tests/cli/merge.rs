@@ -28,11 +28,8 @@ fn a_peft_file_with_its_configuration_beside() {
     assert_eq!(read("base-merged.safetensors"), read("again.safetensors"));
     let named = scratch.path("adapter.safetensors");
     std::fs::copy(scratch.path(weights), &named).unwrap();
-    std::fs::copy(
-        scratch.path("lora/adapter_config.json"),
-        scratch.path("adapter_config.json"),
-    )
-    .unwrap();
+    std::fs::copy(scratch.path("lora/adapter_config.json"), scratch.path("adapter_config.json"))
+        .unwrap();
     scratch
         .cli(&["merge", "base.safetensors", "adapter.safetensors", "-o", "third.safetensors"])
         .done();
@@ -78,29 +75,35 @@ fn a_directory_gives_a_directory() {
     assert_eq!(config["dtype"], "float32");
 
     let (base, adapter) = (peft("llama-sharded/base"), peft("llama-sharded/adapter"));
-    let arguments = ["merge", &base, &adapter, "--dtype", "f32", "--max-shard-size", "20kB"];
+    let arguments = ["merge", &base, &adapter, "--dtype", "f32", "--max-shard-size", "10kB"];
     let ran = cli(scratch.path(), &[&arguments[..], &["-o", "shards"]].concat()).done();
-    assert!(ran.stderr.contains("note: re-sharded into 4 files\n"), "{}", ran.stderr);
     let out = scratch.path().join("shards");
+    let shards = names(&out).iter().filter(|name| name.ends_with(".safetensors")).count();
+    assert!(shards > 3, "{:?}", names(&out));
+    let note = format!("note: re-sharded into {shards} files\n");
+    assert!(ran.stderr.contains(&note), "{}", ran.stderr);
     assert_eq!(read_model(&out).len(), read_model(base.as_ref()).len());
-    assert_eq!(names(&out).len(), 4 + 3, "{:?}", names(&out));
 }
 
 #[test]
 fn the_default_name_comes_from_the_base() {
     let scratch = Scratch::with_directory();
-    std::fs::create_dir(scratch.path("elsewhere")).unwrap();
-    let elsewhere = scratch.path("elsewhere");
-    let run = |base: &str| {
+    for (number, (base, output)) in [
+        ("../base.safetensors", "base-merged.safetensors"),
+        ("../base", "base-merged/"),
+        ("../base/../base/", "base-merged/"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let elsewhere = scratch.path(&number.to_string());
+        std::fs::create_dir(&elsewhere).unwrap();
         cli(&elsewhere, &["merge", base, "../lora", "--no-fsync"]).done();
-    };
-    run("../base.safetensors");
-    run("../base");
-    run("../base/../base/");
-    assert_eq!(
-        names(&elsewhere).into_iter().filter(|n| !n.contains("/m") && !n.contains("/c")).collect::<Vec<_>>(),
-        ["base-merged.safetensors", "base-merged/"]
-    );
+        assert!(names(&elsewhere).iter().any(|name| name == output), "{base}");
+    }
+    // From inside the base, whose name is then not on the command line.
+    cli(&scratch.path("base"), &["merge", ".", "../lora"]).done();
+    assert!(scratch.path("base/base-merged/config.json").exists());
 }
 
 #[test]
@@ -176,7 +179,8 @@ fn the_summary_says_what_survived_and_what_helps() {
             .map(|help| ran.stderr.find(help).unwrap_or_else(|| panic!("{help}: {}", ran.stderr)))
             .collect();
     assert!(places.is_sorted(), "{}", ran.stderr);
-    let ran = scratch.cli(&["merge", "base.safetensors", "lora", "--dtype", "f32", "-o", "w"]).done();
+    let ran =
+        scratch.cli(&["merge", "base.safetensors", "lora", "--dtype", "f32", "-o", "w"]).done();
     assert!(!ran.stderr.contains("warning"), "{}", ran.stderr);
     // Warnings are said even when quiet, and nothing else.
     let ran = scratch
@@ -209,7 +213,8 @@ fn the_adapters_tokenizer_is_announced() {
     let scratch = Scratch::with_directory();
     std::fs::write(scratch.path("base/tokenizer.json"), "base").unwrap();
     std::fs::write(scratch.path("lora/tokenizer.json"), "adapter").unwrap();
-    let read = |out: &str| std::fs::read_to_string(scratch.path(out).join("tokenizer.json")).unwrap();
+    let read =
+        |out: &str| std::fs::read_to_string(scratch.path(out).join("tokenizer.json")).unwrap();
     let ran = scratch.cli(&["merge", "base", "lora", "-o", "a"]).done();
     assert!(ran.stderr.contains("note: from the adapter: tokenizer.json\n"), "{}", ran.stderr);
     assert_eq!(read("a"), "adapter");

@@ -56,6 +56,7 @@ fn an_input_is_never_replaced() {
         ("base.safetensors", "base.safetensors"),
         ("base.safetensors", "./inner/../base.safetensors"),
         ("base.safetensors", "lora/adapter_model.safetensors"),
+        ("base.safetensors", "lora/adapter_config.json"),
         ("base", "base"),
         ("base", "base/"),
         ("base", "lora"),
@@ -149,4 +150,59 @@ fn the_other_commands_do_not_overwrite_either() {
     }
     assert_eq!(std::fs::read_to_string(scratch.path("there.safetensors")).unwrap(), "mine");
     scratch.cli(&["convert", "lora", "--to", "lora", "-o", "there.safetensors", "--force"]).done();
+}
+
+#[test]
+fn a_conversion_replaces_nothing_but_an_adapter() {
+    let scratch = Scratch::new();
+    scratch.cli(&["convert", "lora", "--to", "lora", "-o", "own.safetensors"]).done();
+    scratch.cli(&["convert", "own.safetensors", "--to", "peft", "-o", "again"]).done();
+    std::fs::create_dir(scratch.path("photos")).unwrap();
+    std::fs::write(scratch.path("photos/cat.jpg"), "x").unwrap();
+    std::fs::write(scratch.path("notes.txt"), "x").unwrap();
+    scratch.cli(&["convert", "own.safetensors", "--to", "peft", "-o", "carded"]).done();
+    std::fs::write(scratch.path("carded/README.md"), "x").unwrap();
+    let before = listing(scratch.root());
+    for (input, format, output, reason) in [
+        ("own.safetensors", "peft", "photos", "it holds no adapter"),
+        ("own.safetensors", "peft", "carded", "it holds README.md, which no conversion writes"),
+        ("own.safetensors", "peft", "notes.txt", "it is a file, and the output is a directory"),
+        ("lora", "lora", "photos", "it is a directory, and the output is a file"),
+    ] {
+        let arguments = ["convert", input, "--to", format, "-o", output, "--force"];
+        let text = scratch.cli(&arguments).refused(scratch.root());
+        let expected = format!(
+            "error: {output}: not replaced: {reason}\n\
+             hint: choose another -o, or remove it yourself\n"
+        );
+        assert_eq!(text, expected);
+        assert_eq!(listing(scratch.root()), before, "{output}");
+    }
+    scratch.cli(&["convert", "own.safetensors", "--to", "peft", "-o", "again", "--force"]).done();
+    assert_eq!(listing(scratch.root()), before);
+}
+
+#[test]
+fn conversions_and_stamps_do_not_replace_their_inputs() {
+    let scratch = Scratch::with_directory();
+    scratch.cli(&["convert", "lora", "--to", "lora", "-o", "own.safetensors"]).done();
+    let before = listing(scratch.root());
+    for arguments in [
+        &["convert", "lora", "--to", "peft", "-o", "lora"][..],
+        &["convert", "lora/adapter_model.safetensors", "--to", "peft", "-o", "lora"],
+        &["convert", "lora", "--to", "lora", "-o", "lora/adapter_model.safetensors"],
+        &["convert", "own.safetensors", "--to", "lora", "-o", "own.safetensors"],
+        &["stamp", "lora", "--base", "base", "-o", "lora/adapter_model.safetensors"],
+        &["stamp", "lora", "--base", "base", "-o", "base/model.safetensors"],
+        &["stamp", "lora", "--base", "base.safetensors", "-o", "base.safetensors"],
+    ] {
+        let text = scratch.cli(&[arguments, &["--force"]].concat()).refused(scratch.root());
+        let said = text.contains(": the output would replace or change the input ");
+        assert!(said, "{arguments:?}: {text}");
+        assert_eq!(listing(scratch.root()), before, "{arguments:?}");
+    }
+    let stamp = ["stamp", "own.safetensors", "--base", "base", "-o", "own.safetensors", "--force"];
+    scratch.cli(&stamp).done();
+    let ran = scratch.cli(&["inspect", "own.safetensors", "--json"]);
+    assert!(ran.stdout.contains("\"base_fingerprint\": true"), "{}", ran.stdout);
 }

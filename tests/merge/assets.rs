@@ -17,7 +17,11 @@ fn case(config: &Value) -> Case {
         Tensor::random(&mut prng, "m.0.q.weight", Dtype::Bf16, &[8, 12], 1.0),
         Tensor::random(&mut prng, "m.0.norm.weight", Dtype::F32, &[12], 1.0),
     ];
-    Case::directory(config, &base, &[Factors::random(&mut prng, "m.0.q", (8, 12, 2), Dtype::F32, 0.1)])
+    Case::directory(
+        config,
+        &base,
+        &[Factors::random(&mut prng, "m.0.q", (8, 12, 2), Dtype::F32, 0.1)],
+    )
 }
 
 fn put(directory: &Path, files: &[(&str, &str)]) {
@@ -101,7 +105,8 @@ fn nested_configurations_follow() {
 
 #[test]
 fn a_stale_quantization_config_is_dropped_and_a_true_one_kept() {
-    let quantised = json!({"torch_dtype": "bfloat16", "quantization_config": {"quant_method": "x"}});
+    let quantised =
+        json!({"torch_dtype": "bfloat16", "quantization_config": {"quant_method": "x"}});
     let (edited, changes) = config(&quantised, None);
     assert_eq!(edited, json!({"torch_dtype": "bfloat16"}));
     assert_eq!(changes, ["quantization_config removed: no tensor is quantised"]);

@@ -24,8 +24,8 @@ fn base(dtype: Dtype) -> Vec<Tensor> {
 
 fn case() -> Case {
     let mut prng = Prng::new(41);
-    let factors = MODULES
-        .map(|module| Factors::random(&mut prng, module, (20, 30, 2), Dtype::F32, 0.1));
+    let factors =
+        MODULES.map(|module| Factors::random(&mut prng, module, (20, 30, 2), Dtype::F32, 0.1));
     Case::file(&base(Dtype::F32), &factors)
 }
 
@@ -115,8 +115,7 @@ fn further_training_is_a_different_base() {
     let trained: Vec<Tensor> = base(Dtype::F32)
         .iter()
         .map(|tensor| {
-            let values: Vec<f64> =
-                tensor.values().iter().map(|v| v + 1e-4 * prng.unit()).collect();
+            let values: Vec<f64> = tensor.values().iter().map(|v| v + 1e-4 * prng.unit()).collect();
             Tensor::new(&tensor.name, Dtype::F32, &tensor.shape, &values)
         })
         .collect();

@@ -20,7 +20,8 @@ fn random_case(prng: &mut Prng) {
     let input = if wide { 48 * prng.between(1, 5) + prng.below(48) } else { prng.between(1, 40) };
     let rank = if prng.below(4) == 0 { prng.between(1, 70) } else { prng.between(1, 9) };
     let transposed = prng.below(2) == 1;
-    let (base_dtype, a_dtype, b_dtype) = (prng.pick(&FLOATS), prng.pick(&FLOATS), prng.pick(&FLOATS));
+    let (base_dtype, a_dtype, b_dtype) =
+        (prng.pick(&FLOATS), prng.pick(&FLOATS), prng.pick(&FLOATS));
     let dtype = prng.pick(&[None, Some(Dtype::F32), Some(Dtype::F16), Some(Dtype::Bf16)]);
     let scale = prng.pick(&[1.0, 2.0, 0.125, -4.0, 1.7, -0.3, 1.0 / 3.0, 0.0]);
     let size = prng.pick(&[1.0, 0.01, 1e-4, 20.0]);
@@ -46,12 +47,8 @@ fn random_case(prng: &mut Prng) {
 
     let case = Case::file(std::slice::from_ref(&base), &[]);
     write_adapter(&case.adapter, &[factors], &json!({"lora_alpha": rank}));
-    let options = MergeOptions {
-        dtype,
-        scale,
-        fan_in_fan_out: Some(transposed),
-        ..MergeOptions::default()
-    };
+    let options =
+        MergeOptions { dtype, scale, fan_in_fan_out: Some(transposed), ..MergeOptions::default() };
     let merged = case.merge(&options, &RunOptions::default()).unwrap();
     let report = &merged.report.targets[0];
     // A square weight follows the option, another its shape.

@@ -15,7 +15,12 @@ fn zeros(name: &str, shape: &[usize]) -> Tensor {
 }
 
 /// A base with the square weight and these others.
-fn case(others: &[Tensor], config: &Value, flag: Option<bool>, targets: &[(&str, usize, usize)]) -> Case {
+fn case(
+    others: &[Tensor],
+    config: &Value,
+    flag: Option<bool>,
+    targets: &[(&str, usize, usize)],
+) -> Case {
     let mut base = vec![zeros(&format!("{SQUARE}.weight"), &[8, 8])];
     base.extend_from_slice(others);
     let case = Case::directory(config, &base, &[]);

@@ -62,7 +62,10 @@ fn the_report_is_what_the_files_say() {
                     close(report.projection().unwrap(), expected.projection, &at);
                     // Noise of f32 output is near the accuracy of the sums themselves.
                     let found = report.noise().unwrap();
-                    assert!((found - expected.noise).abs() <= 2e-3 * (1.0 + expected.noise), "{at}");
+                    assert!(
+                        (found - expected.noise).abs() <= 2e-3 * (1.0 + expected.noise),
+                        "{at}"
+                    );
                     assert_eq!(report.elements, 96 * 200);
                     assert_eq!(report.nonzero, expected.nonzero, "{at}");
                     assert_eq!(report.changed, expected.changed, "{at}");

@@ -18,9 +18,8 @@ fn base(names: &[&str]) -> Vec<Tensor> {
 }
 
 fn adapter(modules: &[&str]) -> Vec<Factors> {
-    let factors = |module: &&str| {
-        Factors::random(&mut Prng::new(99), module, (4, 6, 2), Dtype::F32, 0.1)
-    };
+    let factors =
+        |module: &&str| Factors::random(&mut Prng::new(99), module, (4, 6, 2), Dtype::F32, 0.1);
     modules.iter().map(factors).collect()
 }
 

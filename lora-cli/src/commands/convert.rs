@@ -8,7 +8,7 @@ use lora_format::model::AdapterFormat;
 use lora_format::native;
 use serde::Serialize;
 
-use super::{AdapterArguments, WriteArguments};
+use super::{AdapterArguments, WriteArguments, refuse_input};
 use crate::failure::{Failure, Outcome};
 use crate::printer;
 
@@ -59,6 +59,34 @@ struct JsonReport {
     notes: Vec<String>,
 }
 
+/// What `--force` may not replace: a directory by a file or a file by a directory, and a directory
+/// that holds more than an adapter.
+fn check_replaced(arguments: &Arguments) -> Result<(), Failure> {
+    let output = &arguments.output;
+    let Ok(found) = std::fs::metadata(output) else {
+        return Ok(());
+    };
+    if !arguments.write.force {
+        return Ok(());
+    }
+    let refuse = |reason: &str| {
+        let message = format!("{}: not replaced: {reason}", output.display());
+        Err(Failure::new(message, Some("choose another -o, or remove it yourself")))
+    };
+    match (arguments.to, found.is_dir()) {
+        (Format::Lora, true) => refuse("it is a directory, and the output is a file"),
+        (Format::Peft, false) => refuse("it is a file, and the output is a directory"),
+        (Format::Peft, true) if !output.join(peft::MODEL_FILE).exists() => {
+            refuse("it holds no adapter")
+        }
+        (Format::Peft, true) => match peft::other_files(output)?.first() {
+            Some(file) => refuse(&format!("it holds {file}, which no conversion writes")),
+            None => Ok(()),
+        },
+        (Format::Lora, false) => Ok(()),
+    }
+}
+
 pub(crate) fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
     let adapter = lora_format::read(&arguments.adapter, &arguments.adapter_options.read_options())?;
     let notes: Vec<String> = adapter.notes.iter().map(ToString::to_string).collect();
@@ -72,6 +100,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
     if arguments.to == Format::Peft {
         not_carried.extend(adapter.extensions.keys().map(|name| format!("the extension `{name}`")));
     }
+    refuse_input(&arguments.output, &arguments.adapter)?;
+    check_replaced(arguments)?;
     let (overwrite, durability) = (arguments.write.overwrite(), arguments.write.durability());
     let (output, format) = match arguments.to {
         Format::Lora => {

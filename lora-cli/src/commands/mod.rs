@@ -5,9 +5,13 @@ pub(crate) mod inspect;
 pub(crate) mod merge;
 pub(crate) mod stamp;
 
+use std::path::Path;
+
 use clap::Args;
 use lora_format::ReadOptions;
 use lora_format::io::atomic::{Durability, Overwrite};
+
+use crate::failure::Failure;
 
 /// What every command that reads an adapter takes.
 #[derive(Debug, Args)]
@@ -24,6 +28,24 @@ impl AdapterArguments {
     pub(crate) fn read_options(&self) -> ReadOptions {
         ReadOptions { alpha: self.alpha, ignore_fields: self.ignore_field.clone() }
     }
+}
+
+/// Refuses an output that is, holds, or lies as a file directly in an input, whatever `--force`
+/// says.
+pub(crate) fn refuse_input(output: &Path, input: &Path) -> Result<(), Failure> {
+    let (Ok(absolute_output), Ok(absolute)) = (output.canonicalize(), input.canonicalize()) else {
+        return Ok(());
+    };
+    let inside = absolute_output.is_file() && absolute_output.parent() == Some(&absolute);
+    if !absolute.starts_with(&absolute_output) && !inside {
+        return Ok(());
+    }
+    let message = format!(
+        "{}: the output would replace or change the input {}",
+        output.display(),
+        input.display()
+    );
+    Err(Failure::new(message, Some("choose another -o")))
 }
 
 /// What every command that writes takes.

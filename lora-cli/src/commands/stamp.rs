@@ -4,10 +4,11 @@ use std::path::PathBuf;
 
 use clap::Args;
 use lora_format::checkpoint::Checkpoint;
+use lora_format::model::AdapterFormat;
 use lora_format::native;
 use serde::Serialize;
 
-use super::{AdapterArguments, WriteArguments};
+use super::{AdapterArguments, WriteArguments, refuse_input};
 use crate::failure::{Failure, Outcome};
 use crate::printer;
 
@@ -52,6 +53,11 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
     let base = Checkpoint::open(&arguments.base)?;
     for note in adapter.notes.iter().chain(base.notes()) {
         printer::talk(&format!("note: {note}"));
+    }
+    refuse_input(&arguments.output, &arguments.base)?;
+    // A file of our own format may be stamped in place: nothing of it is lost.
+    if adapter.format != AdapterFormat::Native {
+        refuse_input(&arguments.output, &arguments.adapter)?;
     }
     let fingerprint = lora_merge::identity::stamp(&adapter, &base)?;
     let report = JsonReport {

@@ -1,4 +1,111 @@
-//! Kernels.
+//! The kernels: one tile of a base tensor in, one merged tile out.
+//!
+//! ```text
+//! W′[m,n] = W0[m,n] + s · Σₖ L[m,k]·R[k,n]
+//! ```
+//!
+//! [`Factors`] holds `s`, `L` (rows×rank) and `R` (rank×cols) of one tensor;
+//! [`merge_tile`] applies them to a rectangle of `W0`; [`convert`] moves a
+//! tensor no adapter touches to another storage type. Elements are f32, f16 or
+//! bf16, little-endian, at any alignment. Nothing here reads a file, starts a
+//! thread or allocates per tile.
+//!
+//! | file            | owns                                                  |
+//! |-----------------|-------------------------------------------------------|
+//! | `factors`       | packing of `L` and `R`, choice of path                |
+//! | `float`         | storage types, one element at a time                  |
+//! | `scalar`        | the oracle: this contract in plain Rust               |
+//! | `vector`        | the trait of sixteen lanes                            |
+//! | `generic`       | the fast path, written once over that trait           |
+//! | `x86_64`, `aarch64` | the trait for AVX2, AVX-512 and NEON              |
+//! | `stochastic`    | the random numbers and the choice they make           |
+//! | `stats`         | statistics and the order of their sums                |
+//! | `environment`   | the floating-point control register                   |
+//! | `testing`       | checks every instruction set passes                   |
+//!
+//! # Contract
+//!
+//! The bytes written depend on the factors, the base bytes, the types and the
+//! rounding. They do not depend on the instruction set, on the partition into
+//! tiles, on alignment, on threads, or on the floating-point settings of the
+//! calling thread. Below, *fma* is a multiply-add with one rounding, every
+//! operation rounds to nearest with ties to even, and subnormals are numbers
+//! like any other.
+//!
+//! ## Accumulation
+//!
+//! The path is chosen once per tensor, from the factors alone.
+//!
+//! * **[`Path::F32`]** if the rank is at most 64, `s` is ±2ⁱ with
+//!   2⁻¹²⁶ ≤ |s| ≤ 2¹²⁷, and every `s·L[m,k]` is exact in f32. With
+//!   `L′ = s·L`, starting from `a = +0`, for k = 0, 1, … in order:
+//!   `a ← fma(L′[m,k], R[k,n], a)` in f32. Then `Δ = a`, and `v = W0 + Δ` as
+//!   the exact sum of two real numbers.
+//! * **[`Path::F64`]** otherwise. The ranks are cut, in order, into chunks of
+//!   64, the last one perhaps shorter. Every chunk is an f32 chain as above,
+//!   over `L` as given. The chunks' results are widened and added in order in
+//!   f64, beginning with the first: `S`. (Without ranks, `S = +0`.) Then
+//!   `Δ = s·S`, rounded to f64, and `v = fma(s, S, W0)` in f64.
+//!
+//! ## Elements
+//!
+//! 1. If `Δ = ±0`, the output is `W0` recoded: the same bits if the types are
+//!    the same (−0 and NaN payloads survive), otherwise `W0` rounded to the
+//!    output type.
+//! 2. Otherwise, if `v` is NaN, the output is the canonical NaN: 0x7FC00000,
+//!    0x7E00 or 0x7FC0 for f32, f16 or bf16.
+//! 3. Otherwise the output is `v` rounded **once** to the output type. Values
+//!    beyond its range become ±∞.
+//!
+//! Rounding a NaN in rule 1, or in [`convert`], gives the canonical NaN too.
+//!
+//! With [`Rounding::Stochastic`], rule 3 changes for finite `v`. Here `v` is
+//! an f64: `W0 + Δ` rounded on [`Path::F32`], as above on [`Path::F64`]. If
+//! the output type holds `v`, that is the output; if |v| exceeds its largest
+//! finite value, rule 3 stands. Otherwise, with `lo < v < hi` its neighbours
+//! there, the output is `hi` if `u < (v − lo)/(hi − lo)`, else `lo`; a zero
+//! keeps the sign of `v`. For an element at row m and column n of the tensor,
+//!
+//! ```text
+//! mix(z):  z ← (z ⊕ z≫30)·0xBF58476D1CE4E5B9
+//!          z ← (z ⊕ z≫27)·0x94D049BB133111EB
+//!          z ⊕ z≫31
+//! index  = m·cols + n
+//! u      = (mix(mix(key) + (index + 1)·0x9E3779B97F4A7C15) ≫ 11) · 2⁻⁵³
+//! ```
+//!
+//! modulo 2⁶⁴, with ⊕ exclusive or and ≫ a logical shift.
+//!
+//! ## Statistics
+//!
+//! [`TileStats`] depends on the partition into tiles, since sums round, and on
+//! nothing else. For each element let `w` be `W0` recoded to the output type,
+//! `d = out − w` in f32, and δ = Δ rounded to f32.
+//!
+//! * Counted: `Δ ≠ 0`; bits of `out` and `w` differ; `out` infinite while `W0`
+//!   and δ are finite; `out` not finite.
+//! * Summed: d·δ, d² and δ², skipping elements whose d or δ is not finite.
+//!
+//! Rows of the tile form groups of 32, columns panels of 48, both counted from
+//! the tile's first. A unit is up to four rows of a group by one panel. Units
+//! go by group, then panel, then row. Inside a unit, column c of the panel
+//! belongs to lane c mod 16; each lane sums in f32 from +0, rows in order and
+//! in each row c in order, by `sum ← fma(d, δ, sum)` and likewise. After each
+//! unit its lanes are widened and added to sixteen f64 lanes, which at the
+//! end of the tile are added in order of lane, from +0. A NaN sum becomes the
+//! positive quiet NaN.
+//!
+//! # Accuracy
+//!
+//! With u the unit roundoff of the output type, v₃₂ = 2⁻²⁴ and
+//! γ = n·v₃₂ / (1 − n·v₃₂) for n = min(rank, 64),
+//!
+//! ```text
+//! |W′ − (W0 + s·L·R)| ≤ u·|W0 + s·L·R| + (1 + u)·γ·|s|·|L|·|R|
+//! ```
+//!
+//! up to overflow, underflow and the f64 roundings of [`Path::F64`], which
+//! are smaller by nine digits.
 
 mod environment;
 mod factors;
@@ -34,7 +141,7 @@ pub(crate) const UNIT_ROWS: usize = 4;
 
 /// Rows that share a panel before the next panel is visited. Fixed by the
 /// contract because the order of units decides the last bits of the sums.
-pub(crate) const ROW_GROUP: usize = 64;
+pub(crate) const ROW_GROUP: usize = 32;
 
 /// How `W0 + Δ` becomes an element of the output type.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]

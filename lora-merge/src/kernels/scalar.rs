@@ -270,7 +270,7 @@ pub(crate) fn convert(
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{Case, Noise, Taste, elements, tie};
+    use super::super::testing::{Case, Noise, Range, Taste, elements, tie};
     use super::super::{Factors, FloatType, Isa, Rounding, TileRegion};
     use super::Delta;
 
@@ -329,7 +329,8 @@ mod tests {
         for base_type in FloatType::ALL {
             for out_type in FloatType::ALL {
                 for _ in 0..20_000 {
-                    let (base, delta, _) = tie(&mut noise, base_type, out_type);
+                    let range = Range::ALL[noise.below(3) as usize];
+                    let (base, delta, _) = tie(&mut noise, base_type, out_type, range);
                     let base = base_type.decode(base);
                     let bits = out_type.encode(Delta::Single(delta).added_to_once(base));
                     let magnitude = out_type.decode(bits).abs();

@@ -39,8 +39,7 @@ fn mix(z: u64) -> u64 {
 /// one have no upper neighbour to choose: those, and NaN, round to nearest.
 #[inline(always)]
 pub(crate) fn round(value: f64, to: FloatType, key: u64, index: u64) -> u32 {
-    // Written so that NaN takes this way out too.
-    if !(value.abs() <= to.max_finite()) {
+    if value.is_nan() || value.abs() > to.max_finite() {
         return to.encode(value);
     }
     let (inner, exact) = to.truncate(value);

@@ -43,9 +43,14 @@ impl Noise {
 pub(crate) enum Taste {
     /// What models are made of: the fast path throughout.
     Plain,
+    /// The same with one remarkable value in a few hundred, for the fast path
+    /// to notice.
+    Sprinkled,
     /// Any bit pattern, and often a remarkable one.
     Wild,
 }
+
+const TASTES: [Taste; 3] = [Taste::Plain, Taste::Sprinkled, Taste::Wild];
 
 /// The remarkable bit patterns of a storage type.
 pub(crate) fn landmarks(float: FloatType) -> Vec<u32> {
@@ -81,12 +86,17 @@ pub(crate) fn elements(noise: &mut Noise, float: FloatType, count: usize, taste:
     let landmarks = landmarks(float);
     let mut bytes = Vec::with_capacity(count * float.size());
     for _ in 0..count {
+        let taste = match taste {
+            Taste::Sprinkled if noise.below(300) == 0 => Taste::Wild,
+            Taste::Sprinkled => Taste::Plain,
+            _ => taste,
+        };
         let bits = match (taste, noise.below(4)) {
             (Taste::Plain, _) | (Taste::Wild, 0) => float.encode(f64::from(noise.float()) * 0.05),
             (Taste::Wild, 1) => landmarks[noise.below(landmarks.len() as u32) as usize],
             // Short mantissas, so that sums meet ties.
             (Taste::Wild, 2) => float.encode(f64::from(noise.below(512)) / 256.0 - 1.0),
-            (Taste::Wild, _) => noise.bits(),
+            _ => noise.bits(),
         };
         bytes.extend_from_slice(&bits.to_le_bytes()[..float.size()]);
     }
@@ -96,21 +106,22 @@ pub(crate) fn elements(noise: &mut Noise, float: FloatType, count: usize, taste:
 /// A factor of `count` values. Wild factors hold zeros, short mantissas and,
 /// rarely, values that overflow, underflow or are not numbers.
 fn factor(noise: &mut Noise, count: usize, taste: Taste) -> Vec<f32> {
+    let rarely = if taste == Taste::Sprinkled { 300 } else { 1 };
     (0..count)
-        .map(|_| match (taste, noise.below(64)) {
-            (Taste::Plain, _) | (Taste::Wild, 0..32) => noise.float() * 0.1,
-            (Taste::Wild, 32..44) => 0.0,
-            (Taste::Wild, 44..60) => noise.below(33) as f32 / 16.0 - 1.0,
-            (Taste::Wild, 60) => f32::from_bits(noise.below(1 << 24)),
-            (Taste::Wild, 61) => noise.float() * 1e19,
-            (Taste::Wild, 62) => noise.float() * 1e-22,
-            (Taste::Wild, _) if noise.below(16) == 0 => [
+        .map(|_| match (taste, noise.below(64 * rarely)) {
+            (Taste::Plain, _) | (_, 64..) | (_, 0..32) => noise.float() * 0.1,
+            (_, 32..44) => 0.0,
+            (_, 44..60) => noise.below(33) as f32 / 16.0 - 1.0,
+            (_, 60) => f32::from_bits(noise.below(1 << 24)),
+            (_, 61) => noise.float() * 1e19,
+            (_, 62) => noise.float() * 1e-22,
+            (_, _) if noise.below(16) == 0 => [
                 f32::INFINITY,
                 f32::NAN,
                 f32::MAX,
                 f32::from_bits(0x7FFF_FFFF),
             ][noise.below(4) as usize],
-            (Taste::Wild, _) => -0.0,
+            (_, _) => -0.0,
         })
         .collect()
 }
@@ -231,7 +242,7 @@ pub(crate) fn check_shapes(isa: Isa) {
                     Taste::Wild
                 };
                 let scale = match taste {
-                    Taste::Plain => SCALES[noise.below(5) as usize],
+                    Taste::Plain | Taste::Sprinkled => SCALES[noise.below(5) as usize],
                     Taste::Wild => SCALES[noise.below(SCALES.len() as u32) as usize],
                 };
                 let base_type = FloatType::ALL[noise.below(3) as usize];
@@ -278,7 +289,7 @@ pub(crate) fn check_types(isa: Isa) {
     for base_type in FloatType::ALL {
         for out_type in FloatType::ALL {
             for scale in SCALES {
-                for taste in [Taste::Plain, Taste::Wild] {
+                for taste in TASTES {
                     for rank in [1, 5, 66] {
                         let shape = [6, 117, rank];
                         let types = [base_type, out_type];
@@ -302,80 +313,108 @@ pub(crate) fn check_ties(isa: Isa) {
     let mut noise = Noise::new(3);
     for base_type in FloatType::ALL {
         for out_type in FloatType::ALL {
-            for (rank, path) in [(ROWS, Path::F32), (65, Path::F64), (64 + ROWS, Path::F64)] {
-                let mut left = vec![0.0; ROWS * rank];
-                let mut right = vec![0.0; rank * COLS];
-                let mut base = Vec::new();
-                for row in 0..ROWS {
-                    left[row * rank + row] = 1.0;
-                    if rank > 65 {
-                        left[row * rank + 64 + row] = 1.0;
-                    }
-                    for column in 0..COLS {
-                        let (bits, delta, residual) = tie(&mut noise, base_type, out_type);
-                        base.extend_from_slice(&bits.to_le_bytes()[..base_type.size()]);
-                        right[row * COLS + column] = delta;
+            for range in Range::ALL {
+                for (rank, path) in [(ROWS, Path::F32), (65, Path::F64), (64 + ROWS, Path::F64)] {
+                    let mut left = vec![0.0; ROWS * rank];
+                    let mut right = vec![0.0; rank * COLS];
+                    let mut base = Vec::new();
+                    for row in 0..ROWS {
+                        left[row * rank + row] = 1.0;
                         if rank > 65 {
-                            right[(64 + row) * COLS + column] = residual;
+                            left[row * rank + 64 + row] = 1.0;
+                        }
+                        for column in 0..COLS {
+                            let (bits, delta, residual) =
+                                tie(&mut noise, base_type, out_type, range);
+                            base.extend_from_slice(&bits.to_le_bytes()[..base_type.size()]);
+                            right[row * COLS + column] = delta;
+                            if rank > 65 {
+                                right[(64 + row) * COLS + column] = residual;
+                            }
                         }
                     }
+                    let factors = Factors::new(ROWS, COLS, rank, &left, &right, 1.0);
+                    assert_eq!(factors.path(), path);
+                    let rounding = Rounding::Nearest;
+                    let case = Case {
+                        factors,
+                        base,
+                        base_type,
+                        out_type,
+                        rounding,
+                    };
+                    case.check(isa, case.whole(), "ties");
                 }
-                let factors = Factors::new(ROWS, COLS, rank, &left, &right, 1.0);
-                assert_eq!(factors.path(), path);
-                let rounding = Rounding::Nearest;
-                let case = Case {
-                    factors,
-                    base,
-                    base_type,
-                    out_type,
-                    rounding,
-                };
-                case.check(isa, case.whole(), "ties");
             }
         }
     }
 }
 
-/// A base element and a Δ whose sum is a tie of `out_type`, exactly or almost,
-/// and a residual to move it by a little more.
-pub(crate) fn tie(noise: &mut Noise, base_type: FloatType, out_type: FloatType) -> (u32, f32, f32) {
-    loop {
-        // A subnormal once in a while; otherwise anything finite.
-        let infinity = out_type.infinity();
+/// Where on the number line a test draws.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Range {
+    /// Subnormals and the smallest normal values.
+    Bottom,
+    /// Around one, where no square overflows and the fast path does it all.
+    Middle,
+    /// Up to the largest finite value.
+    Top,
+}
+
+impl Range {
+    pub(crate) const ALL: [Self; 3] = [Self::Bottom, Self::Middle, Self::Top];
+
+    /// A positive bit pattern whose successor is finite.
+    fn draw(self, noise: &mut Noise, float: FloatType) -> u32 {
+        let infinity = float.infinity();
         let smallest_normal = infinity & infinity.wrapping_neg();
-        let below = if noise.below(4) == 0 {
-            smallest_normal
-        } else {
-            infinity - 1
+        let (from, to) = match self {
+            Self::Bottom => (0, 2 * smallest_normal),
+            Self::Middle => (float.encode(0.125), float.encode(8.0)),
+            Self::Top => (infinity / 2, infinity - 1),
         };
-        let lower = noise.below(below);
-        let middle = f64::midpoint(
-            f64::from(out_type.decode(lower)),
-            f64::from(out_type.decode(lower + 1)),
-        );
+        from + noise.below(to - from)
+    }
+}
+
+/// A base element and a Δ ≠ 0 whose sum is a tie of `out_type`, exactly or
+/// almost, and a residual to move it by a little more.
+pub(crate) fn tie(
+    noise: &mut Noise,
+    base_type: FloatType,
+    out_type: FloatType,
+    range: Range,
+) -> (u32, f32, f32) {
+    loop {
+        let lower = range.draw(noise, out_type);
+        let values = [lower, lower + 1].map(|bits| f64::from(out_type.decode(bits)));
+        let middle = f64::midpoint(values[0], values[1]);
         let middle = if noise.below(2) == 0 { middle } else { -middle };
-        // A base within a few binades of the sum, or exactly half-way itself.
-        let factor =
-            f64::from(noise.float()) * [0.5, 1.0, 2.0, 1.0 + 1e-4][noise.below(4) as usize];
-        let bits = if noise.below(4) == 0 {
-            base_type.encode(middle)
-        } else {
-            base_type.encode(middle * factor)
+        // A base within a few binades of the sum, or next to it, or the tie
+        // itself.
+        let factor = match noise.below(5) {
+            0 => 1.0,
+            1 => 1.0 + 1e-4,
+            2 => 1.0 + f64::from(noise.float()) * 0.01,
+            _ => f64::from(noise.float()) * 2.0,
         };
+        let bits = base_type.encode(middle * factor);
         let base = f64::from(base_type.decode(bits));
         let delta = (middle - base) as f32;
         if !base.is_finite() || !delta.is_finite() {
             continue;
         }
         let delta = match noise.below(4) {
+            // Half-way already: the last bit there is decides.
+            _ if delta == 0.0 => f32::from_bits(1 | noise.bits() & 1 << 31),
             0 => delta.next_up(),
             1 => delta.next_down(),
-            // Half-way already: the last bit there is decides.
-            _ if delta == 0.0 && noise.below(2) == 0 => f32::from_bits(1 | noise.bits() & 1 << 31),
             _ => delta,
         };
         let residual = (middle * f64::from(noise.float()) * 1e-15) as f32;
-        return (bits, delta, [0.0, residual][noise.below(2) as usize]);
+        if delta != 0.0 && delta.is_finite() {
+            return (bits, delta, [0.0, residual][noise.below(2) as usize]);
+        }
     }
 }
 
@@ -447,7 +486,7 @@ pub(crate) fn check_conversions(isa: Isa) {
     let mut noise = Noise::new(5);
     for base_type in FloatType::ALL {
         for out_type in FloatType::ALL {
-            for taste in [Taste::Plain, Taste::Wild] {
+            for taste in TASTES {
                 for count in (0..100).chain([9999]) {
                     let mut base = vec![0];
                     base.extend(elements(&mut noise, base_type, count, taste));

@@ -58,8 +58,8 @@ pub(crate) trait Vector: Copy {
     /// `a · b + c`, one rounding.
     fn mul_add(self, a: Self::Floats, b: Self::Floats, c: Self::Floats) -> Self::Floats;
 
-    fn to_bits(self, value: Self::Floats) -> Self::Bits;
-    fn from_bits(self, bits: Self::Bits) -> Self::Floats;
+    fn bits_of(self, value: Self::Floats) -> Self::Bits;
+    fn floats_of(self, bits: Self::Bits) -> Self::Floats;
     fn add_bits(self, a: Self::Bits, b: u32) -> Self::Bits;
     fn and_bits(self, a: Self::Bits, b: u32) -> Self::Bits;
     /// `a + ((a ≫ 16) & 1)`: what turns rounding half up into half to even.

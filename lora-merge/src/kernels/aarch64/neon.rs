@@ -137,12 +137,12 @@ impl Vector for Neon {
             neon!(vshll_n_u16::<16>(vget_low_u16(b))),
             neon!(vshll_n_u16::<16>(vget_high_u16(b))),
         ];
-        self.from_bits(words)
+        self.floats_of(words)
     }
 
     #[inline(always)]
     fn store_bf16(self, value: [float32x4_t; 4], to: &mut [u8; 32]) {
-        let bits = self.to_bits(value);
+        let bits = self.bits_of(value);
         let [a, b, c, d] = four!(quarter => neon!(vshrn_n_u32::<16>(bits[quarter])));
         let words = [neon!(vcombine_u16(a, b)), neon!(vcombine_u16(c, d))];
         let (halves, _) = to.as_chunks_mut::<16>();
@@ -220,12 +220,12 @@ impl Vector for Neon {
     }
 
     #[inline(always)]
-    fn to_bits(self, value: [float32x4_t; 4]) -> [uint32x4_t; 4] {
+    fn bits_of(self, value: [float32x4_t; 4]) -> [uint32x4_t; 4] {
         four!(quarter => neon!(vreinterpretq_u32_f32(value[quarter])))
     }
 
     #[inline(always)]
-    fn from_bits(self, bits: [uint32x4_t; 4]) -> [float32x4_t; 4] {
+    fn floats_of(self, bits: [uint32x4_t; 4]) -> [float32x4_t; 4] {
         four!(quarter => neon!(vreinterpretq_f32_u32(bits[quarter])))
     }
 

@@ -46,7 +46,7 @@ fn panel<V: Vector, B: Element, O: Element>(
         // x − x is zero, or NaN if x is not finite.
         trace = v.add(trace, v.sub(rounded, rounded));
         sound = v.and(sound, O::keeps_nans(v, value));
-        unchanged += v.count(v.are_equal(v.to_bits(value), v.to_bits(rounded)));
+        unchanged += v.count(v.are_equal(v.bits_of(value), v.bits_of(rounded)));
     }
     if v.any(v.not(v.and(sound, v.is_number(trace)))) {
         return None;

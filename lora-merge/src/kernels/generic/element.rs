@@ -18,6 +18,9 @@ pub(crate) trait Element: Copy {
     fn load<V: Vector>(v: V, row: &[u8], group: usize) -> V::Floats;
     fn store<V: Vector>(v: V, packed: Self::Packed<V>, row: &mut [u8], group: usize);
 
+    /// Whether no element of a row is infinite or NaN.
+    fn are_finite(row: &[u8]) -> bool;
+
     /// Lanes that may lie exactly half-way between two values of this type.
     fn ties<V: Vector>(v: V, value: V::Floats) -> V::Mask;
     /// The nearest element and its value, for lanes that are neither NaN nor a tie.
@@ -68,6 +71,14 @@ impl Element for F32 {
     }
 
     #[inline(always)]
+    fn are_finite(row: &[u8]) -> bool {
+        let (elements, _) = row.as_chunks();
+        elements
+            .iter()
+            .all(|bits| Self::TYPE.is_finite(u32::from_le_bytes(*bits)))
+    }
+
+    #[inline(always)]
     fn ties<V: Vector>(v: V, _: V::Floats) -> V::Mask {
         v.none()
     }
@@ -102,28 +113,36 @@ impl Element for Bf16 {
         v.store_bf16(packed, chunk_mut(row, group));
     }
 
+    #[inline(always)]
+    fn are_finite(row: &[u8]) -> bool {
+        let (elements, _) = row.as_chunks();
+        elements
+            .iter()
+            .all(|bits| Self::TYPE.is_finite(u32::from(u16::from_le_bytes(*bits))))
+    }
+
     /// The lower half is 0x8000. Adding 0x8000 clears it then, and only then,
     /// and that sum is wanted for rounding anyway.
     #[inline(always)]
     fn ties<V: Vector>(v: V, value: V::Floats) -> V::Mask {
-        v.are_clear(v.add_bits(v.to_bits(value), 0x8000), 0xFFFF)
+        v.are_clear(v.add_bits(v.bits_of(value), 0x8000), 0xFFFF)
     }
 
     #[inline(always)]
     fn round_untied<V: Vector>(v: V, value: V::Floats) -> (V::Floats, V::Floats) {
-        let rounded = v.add_bits(v.to_bits(value), 0x8000);
+        let rounded = v.add_bits(v.bits_of(value), 0x8000);
         (
-            v.from_bits(v.and_bits(rounded, 0xFFFF_0000)),
-            v.from_bits(rounded),
+            v.floats_of(v.and_bits(rounded, 0xFFFF_0000)),
+            v.floats_of(rounded),
         )
     }
 
     #[inline(always)]
     fn round<V: Vector>(v: V, value: V::Floats) -> (V::Floats, V::Floats) {
-        let rounded = v.add_bits(v.add_parity_of_upper_half(v.to_bits(value)), 0x7FFF);
+        let rounded = v.add_bits(v.add_parity_of_upper_half(v.bits_of(value)), 0x7FFF);
         (
-            v.from_bits(v.and_bits(rounded, 0xFFFF_0000)),
-            v.from_bits(rounded),
+            v.floats_of(v.and_bits(rounded, 0xFFFF_0000)),
+            v.floats_of(rounded),
         )
     }
 
@@ -148,15 +167,23 @@ impl Element for F16 {
         v.store_halves(packed, chunk_mut(row, group));
     }
 
+    #[inline(always)]
+    fn are_finite(row: &[u8]) -> bool {
+        let (elements, _) = row.as_chunks();
+        elements
+            .iter()
+            .all(|bits| Self::TYPE.is_finite(u32::from(u16::from_le_bytes(*bits))))
+    }
+
     /// A normal value ties when its lower thirteen bits are 0x1000. Among
     /// subnormals the cut moves up, so all that is certain of a tie is that
     /// its lower twelve bits are clear.
     #[inline(always)]
     fn ties<V: Vector>(v: V, value: V::Floats) -> V::Mask {
         const SMALLEST_NORMAL: f32 = 1.0 / 16384.0;
-        let bits = v.to_bits(value);
+        let bits = v.bits_of(value);
         let normal = v.are_clear(v.add_bits(bits, 0x1000), 0x1FFF);
-        let magnitude = v.from_bits(v.and_bits(bits, 0x7FFF_FFFF));
+        let magnitude = v.floats_of(v.and_bits(bits, 0x7FFF_FFFF));
         let subnormal = v.and(
             v.is_less(magnitude, SMALLEST_NORMAL),
             v.are_clear(bits, 0x0FFF),

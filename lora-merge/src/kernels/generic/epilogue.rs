@@ -19,6 +19,9 @@ pub(super) trait Deltas: Copy {
         group: usize,
     ) -> (V::Floats, V::Floats);
 
+    /// Whether every Δ of the unit is zero.
+    fn are_zero(self) -> bool;
+
     /// Δ of one element, for [`scalar`](super::super::scalar).
     fn get(self, row: usize, column: usize) -> Delta;
 }
@@ -38,6 +41,15 @@ impl Deltas for Single<'_> {
     ) -> (V::Floats, V::Floats) {
         let delta = v.load(&self.0[row][group]);
         (v.add(base, delta), delta)
+    }
+
+    #[inline(always)]
+    fn are_zero(self) -> bool {
+        self.0
+            .as_flattened()
+            .as_flattened()
+            .iter()
+            .all(|delta| *delta == 0.0)
     }
 
     #[inline(always)]
@@ -66,6 +78,15 @@ impl Deltas for Double<'_> {
         let scale = v.splat_f64(self.scale);
         let total = v.mul_add_f64(scale, sum, v.widen(base));
         (v.narrow(total), v.narrow(v.mul_f64(scale, sum)))
+    }
+
+    #[inline(always)]
+    fn are_zero(self) -> bool {
+        self.sums
+            .as_flattened()
+            .as_flattened()
+            .iter()
+            .all(|sum| self.scale * sum == 0.0)
     }
 
     #[inline(always)]
@@ -128,8 +149,9 @@ pub(super) struct Finished {
 /// Writes a unit, or gives up: `None` means that some Δ is zero or that
 /// something is not finite, and that the bytes written do not count.
 ///
-/// `PARTIAL` units have fewer than [`PANEL`] columns; the others hold zeros in
-/// `base` and in Δ, which leave no trace in the statistics.
+/// `PARTIAL` units have fewer than [`PANEL`] columns. Right of them `base` holds
+/// zeros, and so does Δ unless a factor is not finite, which ends in `None`.
+/// Zeros leave no trace in the statistics.
 #[inline(always)]
 pub(super) fn finish<V: Vector, B: Element, O: Element, const PARTIAL: bool>(
     v: V,
@@ -184,7 +206,7 @@ pub(super) fn finish<V: Vector, B: Element, O: Element, const PARTIAL: bool>(
             dot = v.mul_add(realised, wanted, dot);
             realised_sq = v.mul_add(realised, realised, realised_sq);
             wanted_sq = v.mul_add(wanted, wanted, wanted_sq);
-            unchanged += v.count(v.are_equal(v.to_bits(merged), v.to_bits(unmerged)));
+            unchanged += v.count(v.are_equal(v.bits_of(merged), v.bits_of(unmerged)));
         }
     }
     // A square is infinite or NaN if anything was, and a sum of squares stays

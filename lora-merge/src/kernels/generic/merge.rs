@@ -37,11 +37,15 @@ fn merge_single<V: Vector, B: Element, O: Element>(
     let mut deltas = Block::splat(0.0_f32);
     for band in Bands::of(tile) {
         product::single(v, tile.factors, &band.place(tile), &mut deltas);
-        if band.columns < PANEL {
-            deltas.pad(band.columns, 0.0);
-        }
         for (number, deltas) in deltas.0.iter().enumerate().take(band.units()) {
-            finish::<V, B, O>(v, tile, &band.unit(tile, number), Single(deltas), out, &mut tally);
+            finish::<V, B, O>(
+                v,
+                tile,
+                &band.unit(tile, number),
+                Single(deltas),
+                out,
+                &mut tally,
+            );
         }
     }
     tally.finish((tile.region.rows * tile.region.cols) as u64)
@@ -58,9 +62,6 @@ fn merge_double<V: Vector, B: Element, O: Element>(
     let scale = tile.factors.scale();
     for band in Bands::of(tile) {
         product::double(v, tile.factors, &band.place(tile), &mut sums);
-        if band.columns < PANEL {
-            sums.pad(band.columns, 0.0);
-        }
         for (number, sums) in sums.0.iter().enumerate().take(band.units()) {
             let deltas = Double { sums, scale };
             finish::<V, B, O>(v, tile, &band.unit(tile, number), deltas, out, &mut tally);
@@ -82,7 +83,11 @@ impl Band {
     #[inline(always)]
     fn place(&self, tile: &Tile<'_>) -> Place {
         let panel = (tile.region.col + self.column) / PANEL;
-        Place { row: tile.region.row + self.row, rows: self.rows, panel }
+        Place {
+            row: tile.region.row + self.row,
+            rows: self.rows,
+            panel,
+        }
     }
 
     fn units(&self) -> usize {
@@ -92,7 +97,14 @@ impl Band {
     /// One of the units, top to bottom, and its first element in the tile.
     #[inline(always)]
     fn unit(&self, tile: &Tile<'_>, number: usize) -> (Unit, usize) {
-        let &Tile { factors, region, base_type, out_type, rounding, .. } = tile;
+        let &Tile {
+            factors,
+            region,
+            base_type,
+            out_type,
+            rounding,
+            ..
+        } = tile;
         let row = self.row + number * UNIT_ROWS;
         let index_stride = factors.cols() as u64;
         let (tensor_row, tensor_column) = (region.row + row, region.col + self.column);
@@ -121,7 +133,12 @@ struct Bands {
 
 impl Bands {
     fn of(tile: &Tile<'_>) -> Self {
-        Self { rows: tile.region.rows, cols: tile.region.cols, row: 0, column: 0 }
+        Self {
+            rows: tile.region.rows,
+            cols: tile.region.cols,
+            row: 0,
+            column: 0,
+        }
     }
 }
 
@@ -141,7 +158,12 @@ impl Iterator for Bands {
         self.column += PANEL;
         let rows = ROW_GROUP.min(self.rows - row);
         let columns = PANEL.min(self.cols - column);
-        Some(Band { row, rows, column, columns })
+        Some(Band {
+            row,
+            rows,
+            column,
+            columns,
+        })
     }
 }
 
@@ -178,14 +200,42 @@ fn finish<V: Vector, B: Element, O: Element>(
             tally.nonzero_delta += (unit.rows * unit.columns) as u64;
             tally.changed += u64::from(finished.changed);
         }
-        None => scalar::finish_unit(
-            unit,
-            |row, column| deltas.get(row, column),
-            base,
-            out,
-            tally,
-        ),
+        None if keep::<B, O>(unit, deltas, base, out) => {}
+        None => {
+            // The types again, as constants the oracle is compiled for.
+            let unit = Unit {
+                base_type: B::TYPE,
+                out_type: O::TYPE,
+                ..*unit
+            };
+            let delta = |row, column| deltas.get(row, column);
+            scalar::finish_unit(&unit, delta, base, out, tally);
+        }
     }
+}
+
+/// Copies a unit that no adapter reaches: every Δ zero, nothing to convert and
+/// nothing to count. Whole blocks of such units are common where an adapter
+/// covers one part of a fused projection.
+#[inline(always)]
+fn keep<B: Element, O: Element>(
+    unit: &Unit,
+    deltas: impl Deltas,
+    base: &[u8],
+    out: &mut [u8],
+) -> bool {
+    if B::TYPE != O::TYPE || !deltas.are_zero() {
+        return false;
+    }
+    let size = B::TYPE.size();
+    for row in 0..unit.rows {
+        let bytes = row * unit.stride * size..(row * unit.stride + unit.columns) * size;
+        if !B::are_finite(&base[bytes.clone()]) {
+            return false;
+        }
+        out[bytes.clone()].copy_from_slice(&base[bytes]);
+    }
+    true
 }
 
 /// A unit narrower than a panel, by way of two padded copies.

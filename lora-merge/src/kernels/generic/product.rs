@@ -1,8 +1,8 @@
 //! The product of the factors: four rows by one panel.
 
-use super::super::{ROW_GROUP, UNIT_ROWS};
-use super::super::factors::{CHUNK, Factors, GROUPS, LANES, PANEL, PanelRow};
+use super::super::factors::{CHUNK, Factors, GROUPS, LANES, PanelRow};
 use super::super::vector::Vector;
+use super::super::{ROW_GROUP, UNIT_ROWS};
 
 /// Δ of one unit, before it is finished.
 pub(super) type UnitBlock<T> = [[[T; LANES]; GROUPS]; UNIT_ROWS];
@@ -22,13 +22,6 @@ struct AlignedUnit(UnitBlock<f32>);
 impl<T: Copy> Block<T> {
     pub(super) fn splat(value: T) -> Self {
         Self([[[[value; LANES]; GROUPS]; UNIT_ROWS]; UNITS])
-    }
-
-    /// Overwrites everything right of the first `columns` columns.
-    pub(super) fn pad(&mut self, columns: usize, value: T) {
-        for row in self.0.as_flattened_mut() {
-            row.as_flattened_mut()[columns.min(PANEL)..].fill(value);
-        }
     }
 }
 
@@ -131,8 +124,8 @@ fn chain_groups<V: Vector, const COUNT: usize>(
     let mut sums = [[v.splat(0.0); COUNT]; UNIT_ROWS];
     for (k, right) in right.iter().enumerate() {
         let mut columns = [v.splat(0.0); COUNT];
-        for group in 0..COUNT {
-            columns[group] = v.load(&right.0[first + group]);
+        for (group, columns) in columns.iter_mut().enumerate() {
+            *columns = v.load(&right.0[first + group]);
         }
         for row in 0..UNIT_ROWS {
             let left = v.splat(left[row][k]);

@@ -166,12 +166,16 @@ impl Vector for Avx2 {
 
     #[inline(always)]
     fn will_read(self, bytes: &[u8], at: usize) {
-        avx2!(_mm_prefetch::<_MM_HINT_T0>(bytes.as_ptr().wrapping_add(at).cast()));
+        avx2!(_mm_prefetch::<_MM_HINT_T0>(
+            bytes.as_ptr().wrapping_add(at).cast()
+        ));
     }
 
     #[inline(always)]
     fn will_write(self, bytes: &mut [u8], at: usize) {
-        avx2!(_mm_prefetch::<_MM_HINT_ET0>(bytes.as_ptr().wrapping_add(at).cast()));
+        avx2!(_mm_prefetch::<_MM_HINT_ET0>(
+            bytes.as_ptr().wrapping_add(at).cast()
+        ));
     }
 
     #[inline(always)]
@@ -190,12 +194,12 @@ impl Vector for Avx2 {
     }
 
     #[inline(always)]
-    fn to_bits(self, value: [__m256; 2]) -> [__m256i; 2] {
+    fn bits_of(self, value: [__m256; 2]) -> [__m256i; 2] {
         both!(half => avx2!(_mm256_castps_si256(value[half])))
     }
 
     #[inline(always)]
-    fn from_bits(self, bits: [__m256i; 2]) -> [__m256; 2] {
+    fn floats_of(self, bits: [__m256i; 2]) -> [__m256; 2] {
         both!(half => avx2!(_mm256_castsi256_ps(bits[half])))
     }
 

@@ -129,7 +129,10 @@ impl Vector for Avx512 {
         ];
         // SAFETY: `ODD_WORDS` is 64 readable bytes; no alignment is needed.
         let odd_words = unsafe { _mm512_loadu_si512(ODD_WORDS.as_ptr().cast()) };
-        let upper = avx512!(_mm512_permutexvar_epi16(odd_words, _mm512_castps_si512(value)));
+        let upper = avx512!(_mm512_permutexvar_epi16(
+            odd_words,
+            _mm512_castps_si512(value)
+        ));
         self.store_halves(avx512!(_mm512_castsi512_si256(upper)), to);
     }
 
@@ -159,12 +162,16 @@ impl Vector for Avx512 {
 
     #[inline(always)]
     fn will_read(self, bytes: &[u8], at: usize) {
-        avx512!(_mm_prefetch::<_MM_HINT_T0>(bytes.as_ptr().wrapping_add(at).cast()));
+        avx512!(_mm_prefetch::<_MM_HINT_T0>(
+            bytes.as_ptr().wrapping_add(at).cast()
+        ));
     }
 
     #[inline(always)]
     fn will_write(self, bytes: &mut [u8], at: usize) {
-        avx512!(_mm_prefetch::<_MM_HINT_ET0>(bytes.as_ptr().wrapping_add(at).cast()));
+        avx512!(_mm_prefetch::<_MM_HINT_ET0>(
+            bytes.as_ptr().wrapping_add(at).cast()
+        ));
     }
 
     #[inline(always)]
@@ -183,12 +190,12 @@ impl Vector for Avx512 {
     }
 
     #[inline(always)]
-    fn to_bits(self, value: __m512) -> __m512i {
+    fn bits_of(self, value: __m512) -> __m512i {
         avx512!(_mm512_castps_si512(value))
     }
 
     #[inline(always)]
-    fn from_bits(self, bits: __m512i) -> __m512 {
+    fn floats_of(self, bits: __m512i) -> __m512 {
         avx512!(_mm512_castsi512_ps(bits))
     }
 
@@ -210,7 +217,10 @@ impl Vector for Avx512 {
 
     #[inline(always)]
     fn is_nonzero(self, value: __m512) -> __mmask16 {
-        avx512!(_mm512_cmp_ps_mask::<_CMP_NEQ_UQ>(value, _mm512_setzero_ps()))
+        avx512!(_mm512_cmp_ps_mask::<_CMP_NEQ_UQ>(
+            value,
+            _mm512_setzero_ps()
+        ))
     }
 
     #[inline(always)]

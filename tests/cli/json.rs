@@ -1,0 +1,396 @@
+//! `--json`: every report has exactly the members that docs/cli-json.md lists.
+#![allow(dead_code, reason = "the members are there to be required")]
+
+use std::collections::BTreeMap;
+
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
+
+use crate::support::fixtures;
+use crate::{Ran, Scratch, cli, peft};
+
+/// `lora-cli/merge/1`
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Merge {
+    schema: String,
+    status: String,
+    base: String,
+    adapter: String,
+    adapter_format: String,
+    output: String,
+    identity: String,
+    dtype: String,
+    rounding: String,
+    seed: Option<u64>,
+    tensors: Tensors,
+    output_bytes: u64,
+    output_files: Vec<String>,
+    other_files: Vec<String>,
+    left_behind: Vec<String>,
+    config_changes: Vec<String>,
+    renames: Vec<Rename>,
+    notes: Vec<String>,
+    memory_bound_bytes: u64,
+    seconds: Option<f64>,
+    threads: Option<u64>,
+    realised: Option<Realised>,
+    targets: Vec<Target>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Tensors {
+    merged: u64,
+    copied: u64,
+    converted: u64,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Rename {
+    adapter_prefix: String,
+    base_prefix: String,
+    modules: u64,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Target {
+    module: String,
+    parameter: String,
+    shape: Vec<u64>,
+    stored: String,
+    base_dtype: String,
+    rank: u64,
+    alpha: f64,
+    scale: f64,
+    realised: Option<Realised>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Realised {
+    #[serde(deserialize_with = "present")]
+    projection: Option<f64>,
+    #[serde(deserialize_with = "present")]
+    noise: Option<f64>,
+    changed_share: f64,
+    elements: u64,
+    nonzero: u64,
+    changed: u64,
+    non_finite: u64,
+}
+
+/// `lora-cli/inspect-adapter/1`
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct InspectAdapter {
+    schema: String,
+    path: String,
+    format: String,
+    version: Option<String>,
+    #[serde(deserialize_with = "present")]
+    base_name: Option<String>,
+    #[serde(deserialize_with = "present")]
+    base_revision: Option<String>,
+    base_fingerprint: bool,
+    #[serde(deserialize_with = "present")]
+    fan_in_fan_out: Option<bool>,
+    parameters: u64,
+    bytes: u64,
+    components: Vec<Component>,
+    metadata: BTreeMap<String, String>,
+    #[serde(deserialize_with = "present")]
+    source: Option<Map<String, Value>>,
+    notes: Vec<String>,
+    digest: Option<Digest>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Component {
+    module: String,
+    parameter: String,
+    form: String,
+    rank: u64,
+    alpha: f64,
+    rule: String,
+    scale: f64,
+    in_features: u64,
+    out_features: u64,
+    a_dtype: String,
+    b_dtype: String,
+    parameters: u64,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Digest {
+    intact: bool,
+    recorded: String,
+    actual: String,
+}
+
+/// `lora-cli/inspect-model/1`
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct InspectModel {
+    schema: String,
+    path: String,
+    layout: String,
+    #[serde(deserialize_with = "present")]
+    model_type: Option<String>,
+    parameters: u64,
+    bytes: u64,
+    dtypes: BTreeMap<String, u64>,
+    shards: Vec<Shard>,
+    notes: Vec<String>,
+    tensors: Vec<Stored>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Shard {
+    name: String,
+    bytes: u64,
+    tensors: u64,
+    metadata: BTreeMap<String, String>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Stored {
+    name: String,
+    dtype: String,
+    shape: Vec<u64>,
+    shard: String,
+}
+
+/// `lora-cli/convert/1`
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Convert {
+    schema: String,
+    input: String,
+    input_format: String,
+    output: String,
+    output_format: String,
+    components: u64,
+    not_carried: Vec<String>,
+    notes: Vec<String>,
+}
+
+/// `lora-cli/stamp/1`
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Stamp {
+    schema: String,
+    adapter: String,
+    base: String,
+    output: String,
+    targets_sampled: u64,
+    samples: u64,
+}
+
+/// `lora-cli/error/1`
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Error {
+    schema: String,
+    error: String,
+    #[serde(deserialize_with = "present")]
+    hint: Option<String>,
+}
+
+/// A member that may be null but must be there.
+fn present<'de, T: Deserialize<'de>, D: serde::Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Option<T>, D::Error> {
+    Option::deserialize(deserializer)
+}
+
+fn report<T: DeserializeOwned>(ran: &Ran, code: i32) -> T {
+    assert_eq!(ran.code, Some(code), "{}", ran.stderr);
+    assert!(ran.stdout.ends_with("}\n"), "{}", ran.stdout);
+    serde_json::from_str(&ran.stdout).unwrap_or_else(|error| panic!("{error}: {}", ran.stdout))
+}
+
+#[test]
+fn a_merge() {
+    let scratch = tempfile::tempdir().unwrap();
+    let (base, adapter) = (peft("llama-sharded/base"), peft("llama-sharded/adapter"));
+    let merge = ["merge", &base, &adapter, "-o", "out", "--json"];
+    let ran = cli(scratch.path(), &[&merge[..], &["--threads", "2", "--dtype", "f32"]].concat());
+    let merged: Merge = report(&ran, 0);
+    assert_eq!(merged.schema, "lora-cli/merge/1");
+    assert_eq!(merged.status, "merged");
+    assert_eq!((merged.base, merged.adapter), (base.clone(), adapter.clone()));
+    assert_eq!((merged.adapter_format.as_str(), merged.output.as_str()), ("peft", "out"));
+    assert_eq!((merged.identity.as_str(), merged.dtype.as_str()), ("unknown", "f32"));
+    assert_eq!((merged.rounding.as_str(), merged.seed), ("nearest", None));
+    assert_eq!((merged.tensors.merged, merged.tensors.copied), (6, 0));
+    assert_eq!(merged.tensors.converted, 15);
+    assert_eq!(merged.output_files.len(), 3);
+    let bytes = |name: &String| std::fs::metadata(scratch.path().join("out").join(name)).unwrap();
+    let written: u64 = merged.output_files.iter().map(|name| bytes(name).len()).sum();
+    assert_eq!(merged.output_bytes, written);
+    assert_eq!(merged.other_files, ["config.json", "generation_config.json"]);
+    assert_eq!(merged.config_changes, ["dtype: float16 → float32"]);
+    assert!(merged.left_behind.is_empty() && merged.renames.is_empty());
+    assert!(merged.seconds.unwrap() > 0.0);
+    assert_eq!(merged.threads, Some(2));
+    let realised = merged.realised.unwrap();
+    assert!((realised.projection.unwrap() - 1.0).abs() < 1e-3);
+    assert_eq!(merged.targets.len(), 6);
+    let target = &merged.targets[0];
+    assert_eq!(target.parameter, format!("{}.weight", target.module));
+    assert_eq!((target.stored.as_str(), target.base_dtype.as_str()), ("out×in", "F16"));
+    assert_eq!((target.rank, target.alpha, target.scale), (5, 10.0, 2.0));
+    let elements: u64 = merged
+        .targets
+        .iter()
+        .map(|target| {
+            let realised = target.realised.as_ref().unwrap();
+            assert_eq!(realised.elements, target.shape.iter().product::<u64>());
+            realised.elements
+        })
+        .sum();
+    assert_eq!(realised.elements, elements);
+
+    let arguments = ["merge", &base, &adapter, "--json", "--dry-run", "--rounding", "stochastic"];
+    let planned: Merge = report(&cli(scratch.path(), &arguments), 0);
+    assert_eq!((planned.status.as_str(), planned.output.as_str()), ("planned", "base-merged"));
+    assert_eq!((planned.rounding.as_str(), planned.seed), ("stochastic", Some(0)));
+    assert!(planned.seconds.is_none() && planned.threads.is_none());
+    assert!(planned.realised.is_none() && planned.targets[0].realised.is_none());
+}
+
+#[test]
+fn a_merge_of_renamed_modules() {
+    let scratch = tempfile::tempdir().unwrap();
+    let (base, adapter) = (peft("llava/base"), peft("llava/adapter"));
+    let ran = cli(scratch.path(), &["merge", &base, &adapter, "-o", "out", "--json"]);
+    let merged: Merge = report(&ran, 0);
+    assert_eq!(merged.renames[0].adapter_prefix, "model.language_model");
+    assert_eq!(merged.renames[0].base_prefix, "language_model.model");
+    assert_eq!(merged.renames[0].modules, 4);
+    assert!(merged.targets[0].module.starts_with("model.language_model."));
+    assert!(merged.targets[0].parameter.starts_with("language_model.model."));
+}
+
+/// JSON has no infinity: what has no value is null.
+#[test]
+fn a_merge_without_a_delta() {
+    let scratch = Scratch::new();
+    let ran = scratch.cli(&["merge", "base.safetensors", "lora", "--scale", "0", "--json"]);
+    let merged: Merge = report(&ran, 0);
+    let realised = merged.realised.unwrap();
+    assert_eq!((realised.projection, realised.noise, realised.nonzero), (None, None, 0));
+}
+
+#[test]
+fn an_inspected_adapter() {
+    let ran = cli(&fixtures(), &["inspect", "peft/llama-patterns/adapter", "--json"]);
+    let adapter: InspectAdapter = report(&ran, 0);
+    assert_eq!(adapter.schema, "lora-cli/inspect-adapter/1");
+    assert_eq!((adapter.format.as_str(), adapter.version), ("peft", None));
+    assert_eq!(adapter.base_name.as_deref(), Some("lora-fixtures/llama-patterns"));
+    assert_eq!(adapter.fan_in_fan_out, Some(false));
+    assert!(adapter.base_revision.is_none() && !adapter.base_fingerprint);
+    assert_eq!(adapter.components.len(), 14);
+    assert_eq!(adapter.parameters, adapter.components.iter().map(|c| c.parameters).sum::<u64>());
+    assert_eq!(adapter.bytes, 4 * adapter.parameters);
+    for component in &adapter.components {
+        assert_eq!((component.form.as_str(), component.rule.as_str()), ("low-rank", "alpha/rank"));
+        assert_eq!(component.scale, component.alpha / component.rank as f64);
+        let features = component.in_features + component.out_features;
+        assert_eq!(component.parameters, component.rank * features);
+    }
+    assert_eq!(adapter.source.unwrap()["peft_type"], "LORA");
+    assert!(!adapter.notes.is_empty() && adapter.digest.is_none());
+
+    let scratch = Scratch::new();
+    scratch.cli(&["stamp", "lora", "--base", "base.safetensors", "-o", "own.safetensors"]).done();
+    let ran = scratch.cli(&["inspect", "own.safetensors", "--json", "--verify"]);
+    let adapter: InspectAdapter = report(&ran, 0);
+    assert_eq!((adapter.format.as_str(), adapter.version.as_deref()), ("lora", Some("1.0-draft")));
+    assert!(adapter.base_fingerprint);
+    let digest = adapter.digest.unwrap();
+    assert!(digest.intact && digest.recorded == digest.actual);
+}
+
+#[test]
+fn an_inspected_model() {
+    for (path, layout, shards) in [
+        ("peft/llama-vanilla/base", "directory", 1),
+        ("peft/llama-sharded/base", "sharded", 3),
+        ("peft/llama-vanilla/base/model.safetensors", "file", 1),
+    ] {
+        let model: InspectModel = report(&cli(&fixtures(), &["inspect", path, "--json"]), 0);
+        assert_eq!(model.schema, "lora-cli/inspect-model/1");
+        assert_eq!((model.path.as_str(), model.layout.as_str()), (path, layout));
+        assert_eq!(model.model_type.as_deref(), Some("llama"));
+        assert_eq!((model.shards.len(), model.tensors.len()), (shards, 21));
+        assert_eq!(model.dtypes.values().sum::<u64>(), model.parameters);
+        assert_eq!(model.bytes, 2 * model.parameters);
+        assert_eq!(model.shards.iter().map(|shard| shard.tensors).sum::<u64>(), 21);
+        let named = |stored: &Stored| model.shards.iter().any(|shard| shard.name == stored.shard);
+        assert!(model.tensors.iter().all(named));
+        assert!(model.tensors.iter().map(|tensor| &tensor.name).is_sorted());
+    }
+}
+
+#[test]
+fn a_conversion_and_a_stamp() {
+    let scratch = Scratch::new();
+    std::fs::write(scratch.path("lora/README.md"), "card").unwrap();
+    let ran = scratch.cli(&["convert", "lora", "--to", "lora", "-o", "own.safetensors", "--json"]);
+    let converted: Convert = report(&ran, 0);
+    assert_eq!(converted.schema, "lora-cli/convert/1");
+    assert_eq!((converted.input.as_str(), converted.input_format.as_str()), ("lora", "peft"));
+    assert_eq!(converted.output, "own.safetensors");
+    assert_eq!((converted.output_format.as_str(), converted.components), ("lora", 1));
+    assert_eq!(converted.not_carried, ["README.md"]);
+
+    let stamp = ["stamp", "own.safetensors", "--base", "base.safetensors", "--json"];
+    let ran = scratch.cli(&[&stamp[..], &["-o", "stamped.safetensors"]].concat());
+    let stamped: Stamp = report(&ran, 0);
+    assert_eq!(stamped.schema, "lora-cli/stamp/1");
+    assert_eq!(
+        (stamped.adapter.as_str(), stamped.base.as_str()),
+        ("own.safetensors", "base.safetensors")
+    );
+    assert_eq!(stamped.output, "stamped.safetensors");
+    assert_eq!((stamped.targets_sampled, stamped.samples), (1, 16));
+
+    let ran =
+        scratch.cli(&["convert", "stamped.safetensors", "--to", "peft", "-o", "back", "--json"]);
+    let converted: Convert = report(&ran, 0);
+    let lost = ["the base's fingerprint (PEFT has no place for it)"];
+    assert_eq!(converted.not_carried, lost);
+}
+
+/// An error is one report too, on stdout, and the same text on stderr.
+#[test]
+fn an_error() {
+    let scratch = Scratch::new();
+    std::fs::write(scratch.path("there"), "x").unwrap();
+    for arguments in [
+        &["merge", "nowhere", "lora", "--json"][..],
+        &["merge", "base.safetensors", "lora", "-o", "there", "--json"],
+        &["inspect", "nowhere", "--json"],
+        &["convert", "base.safetensors", "--to", "peft", "-o", "x", "--json"],
+        &["stamp", "lora", "--base", "nowhere", "-o", "x", "--json"],
+    ] {
+        let ran = scratch.cli(arguments);
+        let error: Error = report(&ran, 2);
+        assert_eq!(error.schema, "lora-cli/error/1");
+        let mut text = format!("error: {}\n", error.error);
+        if let Some(hint) = error.hint {
+            text.push_str(&format!("hint: {hint}\n"));
+        }
+        assert!(ran.stderr.ends_with(&text), "{} does not end in {text}", ran.stderr);
+    }
+}
