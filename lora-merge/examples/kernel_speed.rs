@@ -19,9 +19,7 @@ use lora_merge::kernels::{
 const PATIENCE: Duration = Duration::from_millis(150);
 
 fn main() {
-    let mut sizes = std::env::args()
-        .skip(1)
-        .filter_map(|size| size.parse().ok());
+    let mut sizes = std::env::args().skip(1).filter_map(|size| size.parse().ok());
     let rows = sizes.next().unwrap_or(64);
     let cols = sizes.next().unwrap_or(4096);
     println!("tile {rows}x{cols}, GB/s of base bytes per core");
@@ -32,21 +30,14 @@ fn main() {
         (FloatType::F32, FloatType::F32),
         (FloatType::F32, FloatType::Bf16),
     ];
-    println!(
-        "{:8} {:12} {:>5} {:>9} {:>9}",
-        "isa", "types", "rank", "f32 path", "f64 path"
-    );
+    println!("{:8} {:12} {:>5} {:>9} {:>9}", "isa", "types", "rank", "f32 path", "f64 path");
     for isa in Isa::available() {
         for (base_type, out_type) in cases {
             for rank in [4, 16, 64, 256] {
                 let speed = |scale| merge_speed(isa, rows, cols, rank, scale, base_type, out_type);
                 let (path, single) = speed(0.5);
                 let (_, double) = speed(0.3);
-                let single = if path == Path::F32 {
-                    format!("{single:.2}")
-                } else {
-                    "-".into()
-                };
+                let single = if path == Path::F32 { format!("{single:.2}") } else { "-".into() };
                 let types = format!("{base_type}→{out_type}");
                 println!("{isa:8} {types:12} {rank:5} {single:>9} {double:>9.2}");
             }
@@ -63,10 +54,7 @@ fn main() {
             "{isa:8} bf16→bf16 stochastic, rank 16: {speed:.2}, {:.2} ns/element",
             2.0 / speed
         );
-        for (from, to) in [
-            (FloatType::F32, FloatType::Bf16),
-            (FloatType::F16, FloatType::Bf16),
-        ] {
+        for (from, to) in [(FloatType::F32, FloatType::Bf16), (FloatType::F16, FloatType::Bf16)] {
             let (base, mut out) = buffers(rows, cols, from, to);
             let speed = throughput(base.len(), || {
                 convert(isa, &base, from, &mut out, to);
@@ -90,9 +78,7 @@ fn merge_speed(
     let region = TileRegion::full_width(&factors, 0, rows);
     let speed = throughput(base.len(), || {
         let rounding = Rounding::Nearest;
-        merge_tile(
-            isa, &factors, region, &base, base_type, &mut out, out_type, rounding,
-        );
+        merge_tile(isa, &factors, region, &base, base_type, &mut out, out_type, rounding);
     });
     (factors.path(), speed)
 }
@@ -133,10 +119,7 @@ struct Noise(u64);
 
 impl Noise {
     fn next(&mut self) -> f32 {
-        self.0 = self
-            .0
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1);
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
         ((self.0 >> 40) as f32) / (1 << 23) as f32 - 1.0
     }
 }

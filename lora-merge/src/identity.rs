@@ -35,25 +35,24 @@ pub(crate) fn check(
     failure.map_or(Ok(verdict), Err)
 }
 
+/// Whether two parameters have the same shape, dtype and sampled values.
+pub(crate) fn same_values(base: &Checkpoint, first: Location, second: Location) -> Result<bool> {
+    let mut sampler = Sampler::new(base);
+    let first = sampler.sample("", first)?;
+    Ok(first.is_some() && first == sampler.sample("", second)?)
+}
+
 /// The fingerprint of `base` for this adapter, as `docs/FORMAT.md` defines it.
 ///
 /// # Errors
 /// [`Error::Plan`] if a module of the adapter is not in the base, [`Error::Format`] if the base
 /// cannot be read.
 pub fn stamp(adapter: &Adapter, base: &Checkpoint) -> Result<Fingerprint> {
-    let modules: Vec<&str> = adapter
-        .components
-        .iter()
-        .map(|c| c.target.module.as_str())
-        .collect();
+    let modules: Vec<&str> = adapter.components.iter().map(|c| c.target.module.as_str()).collect();
     let resolution = resolve::resolve(&modules, base);
     if !resolution.problems.is_empty() {
         let (adapter, base) = (adapter.path.clone(), base.path().to_owned());
-        return Err(Error::Plan {
-            adapter,
-            base,
-            problems: resolution.problems,
-        });
+        return Err(Error::Plan { adapter, base, problems: resolution.problems });
     }
     let mut sampler = Sampler::new(base);
     let mut targets = Vec::new();
@@ -67,17 +66,9 @@ pub fn stamp(adapter: &Adapter, base: &Checkpoint) -> Result<Fingerprint> {
             None => {
                 let info = base.info(location);
                 let (parameter, dtype) = (info.name.clone(), info.dtype);
-                let problems = vec![PlanProblem::Quantised {
-                    parameter,
-                    dtype,
-                    method: None,
-                }];
+                let problems = vec![PlanProblem::Quantised { parameter, dtype, method: None }];
                 let (adapter, base) = (adapter.path.clone(), base.path().to_owned());
-                return Err(Error::Plan {
-                    adapter,
-                    base,
-                    problems,
-                });
+                return Err(Error::Plan { adapter, base, problems });
             }
         }
     }
@@ -92,10 +83,7 @@ struct Sampler<'a> {
 
 impl<'a> Sampler<'a> {
     fn new(base: &'a Checkpoint) -> Sampler<'a> {
-        Sampler {
-            base,
-            mappings: base.shards().iter().map(|_| None).collect(),
-        }
+        Sampler { base, mappings: base.shards().iter().map(|_| None).collect() }
     }
 
     /// `None` unless the parameter is stored as F32, F16 or BF16.
@@ -109,13 +97,11 @@ impl<'a> Sampler<'a> {
         let info = self.base.info(location);
         let start = (shard.file.header().data_start + info.start) as usize;
         let bytes = &mapping[start..start + info.bytes() as usize];
-        Ok(
-            fingerprint::sample(info.dtype, bytes).map(|values| TargetSamples {
-                target: target.to_owned(),
-                dtype: info.dtype,
-                shape: info.shape.clone(),
-                values,
-            }),
-        )
+        Ok(fingerprint::sample(info.dtype, bytes).map(|values| TargetSamples {
+            target: target.to_owned(),
+            dtype: info.dtype,
+            shape: info.shape.clone(),
+            values,
+        }))
     }
 }

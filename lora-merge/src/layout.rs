@@ -76,9 +76,8 @@ pub(crate) struct Choices<'a> {
 
 /// Lays the output out like the base, or in new shards where its own would grow too large.
 pub(crate) fn lay_out(base: &Checkpoint, choices: &Choices<'_>) -> Result<OutputLayout> {
-    let groups: Vec<Vec<OutputTensor>> = (0..base.shards().len())
-        .map(|shard| shard_tensors(base, shard, choices))
-        .collect();
+    let groups: Vec<Vec<OutputTensor>> =
+        (0..base.shards().len()).map(|shard| shard_tensors(base, shard, choices)).collect();
     let single = base.layout() == Layout::File;
     if single && choices.shard_bytes.is_some() {
         return Err(Error::ShardsNeedDirectory);
@@ -97,32 +96,20 @@ pub(crate) fn lay_out(base: &Checkpoint, choices: &Choices<'_>) -> Result<Output
         names = shard_names(groups.len());
         groups
     } else {
-        names = base
-            .shards()
-            .iter()
-            .map(|shard| shard.name.clone())
-            .collect();
+        names = base.shards().iter().map(|shard| shard.name.clone()).collect();
         groups
     };
     let metadata = shared_metadata(base);
     let mut files = Vec::with_capacity(groups.len());
     for (number, (name, tensors)) in names.into_iter().zip(groups).enumerate() {
-        let metadata = if resharded {
-            &metadata
-        } else {
-            &base.shards()[number].file.header().metadata
-        };
+        let metadata =
+            if resharded { &metadata } else { &base.shards()[number].file.header().metadata };
         files.push(place(base, name, metadata, tensors));
     }
     let tensor_bytes = files.iter().map(|file| data_bytes(&file.tensors)).sum();
     let indexed = files.len() > 1 || (base.layout() == Layout::Sharded && !resharded);
     let index = indexed.then(|| index(base, &files, tensor_bytes));
-    Ok(OutputLayout {
-        files,
-        index,
-        tensor_bytes,
-        resharded,
-    })
+    Ok(OutputLayout { files, index, tensor_bytes, resharded })
 }
 
 /// The tensors of one shard of the base in data order, less stale copies.
@@ -132,10 +119,7 @@ fn shard_tensors(base: &Checkpoint, number: usize, choices: &Choices<'_>) -> Vec
     let positions = (0..shard.file.header().tensors.len()).filter(|position| !stale(position));
     positions
         .map(|tensor| {
-            let source = Location {
-                shard: number,
-                tensor,
-            };
+            let source = Location { shard: number, tensor };
             let info = base.info(source);
             let wanted = choices.dtype.filter(|_| info.dtype.is_merge_float());
             let dtype = wanted.unwrap_or(info.dtype);
@@ -145,13 +129,7 @@ fn shard_tensors(base: &Checkpoint, number: usize, choices: &Choices<'_>) -> Vec
                 None => Job::Copy,
             };
             let bytes = info.bytes() * dtype.bits() / info.dtype.bits();
-            OutputTensor {
-                source,
-                job,
-                dtype,
-                bytes,
-                offset: 0,
-            }
+            OutputTensor { source, job, dtype, bytes, offset: 0 }
         })
         .collect()
 }
@@ -180,26 +158,17 @@ fn shard_names(count: usize) -> Vec<String> {
     if count == 1 {
         return vec![lora_format::checkpoint::MODEL_FILE.to_owned()];
     }
-    (1..=count)
-        .map(|number| format!("model-{number:05}-of-{count:05}.safetensors"))
-        .collect()
+    (1..=count).map(|number| format!("model-{number:05}-of-{count:05}.safetensors")).collect()
 }
 
 /// Metadata that all shards of the base have in common, for new shards.
 fn shared_metadata(base: &Checkpoint) -> Vec<(String, String)> {
-    let mut headers = base
-        .shards()
-        .iter()
-        .map(|shard| &shard.file.header().metadata);
+    let mut headers = base.shards().iter().map(|shard| &shard.file.header().metadata);
     let Some(first) = headers.next() else {
         return Vec::new();
     };
     let others: Vec<_> = headers.collect();
-    first
-        .iter()
-        .filter(|entry| others.iter().all(|other| other.contains(entry)))
-        .cloned()
-        .collect()
+    first.iter().filter(|entry| others.iter().all(|other| other.contains(entry))).cloned().collect()
 }
 
 fn place(
@@ -225,12 +194,7 @@ fn place(
         tensor.offset = offset;
         offset += tensor.bytes;
     }
-    OutputFile {
-        name,
-        header,
-        tensors,
-        bytes: offset,
-    }
+    OutputFile { name, header, tensors, bytes: offset }
 }
 
 /// The index: the base's own metadata with the new size, and every tensor's file.
@@ -246,10 +210,8 @@ fn index(base: &Checkpoint, files: &[OutputFile], tensor_bytes: u64) -> Map<Stri
         })
         .collect();
     entries.sort_unstable();
-    let weight_map: Map<String, Value> = entries
-        .into_iter()
-        .map(|(tensor, file)| (tensor.to_owned(), json!(file)))
-        .collect();
+    let weight_map: Map<String, Value> =
+        entries.into_iter().map(|(tensor, file)| (tensor.to_owned(), json!(file))).collect();
     let mut index = Map::new();
     index.insert("metadata".to_owned(), Value::Object(metadata));
     index.insert("weight_map".to_owned(), Value::Object(weight_map));

@@ -35,14 +35,8 @@ impl Orientation {
 }
 
 /// Model types whose blocks store weights as (in, out): those built of transformers' Conv1D.
-const CONV1D_MODELS: [&str; 6] = [
-    "gpt2",
-    "openai-gpt",
-    "imagegpt",
-    "decision_transformer",
-    "clvp",
-    "gpt-sw3",
-];
+const CONV1D_MODELS: [&str; 6] =
+    ["gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "gpt-sw3"];
 
 /// What the shape alone says.
 pub(crate) enum FromShape {
@@ -99,12 +93,7 @@ impl<'a> Judge<'a> {
         user: Option<bool>,
         decided: BTreeMap<&'a str, Orientation>,
     ) -> Judge<'a> {
-        Judge {
-            base,
-            flag: user.or(trained),
-            forced: user.is_some(),
-            decided,
-        }
+        Judge { base, flag: user.or(trained), forced: user.is_some(), decided }
     }
 
     /// The orientation of the square weight `parameter`.
@@ -121,12 +110,8 @@ impl<'a> Judge<'a> {
         if let Some((_, first)) = siblings.first()
             && let Some((name, other)) = siblings.iter().find(|(_, other)| other != first)
         {
-            let evidence = format!(
-                "`{}` is {}, `{name}` is {}",
-                siblings[0].0,
-                first.name(),
-                other.name()
-            );
+            let evidence =
+                format!("`{}` is {}, `{name}` is {}", siblings[0].0, first.name(), other.name());
             return Err(contradiction(evidence));
         }
         let sibling = siblings.first().map(|entry| entry.1);
@@ -202,11 +187,7 @@ impl<'a> Judge<'a> {
 }
 
 fn oriented(fan_in_fan_out: bool) -> Orientation {
-    if fan_in_fan_out {
-        Orientation::InOut
-    } else {
-        Orientation::OutIn
-    }
+    if fan_in_fan_out { Orientation::InOut } else { Orientation::OutIn }
 }
 
 /// The name up to and including its last layer number: `transformer.h.3` of
@@ -230,10 +211,7 @@ mod tests {
 
     #[test]
     fn a_block_ends_at_the_last_number() {
-        assert_eq!(
-            block_of("transformer.h.3.attn.c_proj.weight"),
-            "transformer.h.3"
-        );
+        assert_eq!(block_of("transformer.h.3.attn.c_proj.weight"), "transformer.h.3");
         assert_eq!(block_of("a.0.experts.12.w1.weight"), "a.0.experts.12");
         assert_eq!(block_of("lm_head.weight"), "lm_head.weight");
     }

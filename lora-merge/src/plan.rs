@@ -206,12 +206,28 @@ fn unmergeable(base: &Checkpoint, parameter: &str, dtype: Dtype) -> Option<PlanP
         let parameter = parameter.to_owned();
         return Some(PlanProblem::Quantised { parameter, dtype, method });
     }
-    let tied = base.config().and_then(|config| config.get("tie_word_embeddings")?.as_bool());
-    if tied == Some(true)
-        && (parameter.ends_with("lm_head.weight") || resolve::is_input_embedding(parameter))
-    {
-        let module = parameter.trim_end_matches(".weight").to_owned();
-        return Some(PlanProblem::Tied { module });
-    }
-    None
+    let head_or_embedding =
+        parameter.ends_with("lm_head.weight") || resolve::is_input_embedding(parameter);
+    (head_or_embedding && is_tied(base))
+        .then(|| PlanProblem::Tied { module: parameter.trim_end_matches(".weight").to_owned() })
+}
+
+/// Whether the base ties its output layer to its input embedding: as its configuration says (of a
+/// multimodal model, its text part), or, where that is silent because the model type has a default,
+/// as the stored values do.
+fn is_tied(base: &Checkpoint) -> bool {
+    const FIELD: &str = "tie_word_embeddings";
+    let said = base.config().and_then(|config| {
+        let text = config.get("text_config").and_then(|text| text.get(FIELD));
+        config.get(FIELD).or(text)?.as_bool()
+    });
+    said.unwrap_or_else(|| {
+        let find = |wanted: &dyn Fn(&str) -> bool| {
+            base.tensors().find(|(_, info)| wanted(&info.name)).map(|found| found.0)
+        };
+        let head = find(&|name| name.ends_with("lm_head.weight"));
+        let embedding = find(&resolve::is_input_embedding);
+        matches!((head, embedding), (Some(head), Some(embedding))
+            if identity::same_values(base, head, embedding).unwrap_or(false))
+    })
 }

@@ -97,27 +97,18 @@ impl Realised {
     /// Noise relative to Δ; `None` if Δ is zero.
     pub fn noise(&self) -> Option<f64> {
         let projection = self.projection()?;
-        Some(
-            (self.realised_sq / self.wanted_sq - projection * projection)
-                .max(0.0)
-                .sqrt(),
-        )
+        Some((self.realised_sq / self.wanted_sq - projection * projection).max(0.0).sqrt())
     }
 
     /// The share of elements that changed.
     pub fn changed_share(&self) -> f64 {
-        if self.elements == 0 {
-            0.0
-        } else {
-            self.changed as f64 / self.elements as f64
-        }
+        if self.elements == 0 { 0.0 } else { self.changed as f64 / self.elements as f64 }
     }
 
     /// Whether the user should hear of it: a twentieth of the delta or more is lost, or the noise
     /// is a tenth of it or more.
     pub fn is_poor(&self) -> bool {
-        self.projection()
-            .is_some_and(|projection| (projection - 1.0).abs() >= 0.05)
+        self.projection().is_some_and(|projection| (projection - 1.0).abs() >= 0.05)
             || self.noise().is_some_and(|noise| noise >= 0.1)
     }
 }

@@ -158,9 +158,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
         durability: arguments.write.durability(),
     };
     let run = arguments.run_options()?;
+    output::check_destination(&plan, &output)?;
     announce(arguments, &plan, &assets);
     if arguments.dry_run {
-        output::check_destination(&plan, &output)?;
         return dry_run(arguments, &plan, &assets, &output, &run);
     }
     let progress = Arc::new(Progress::default());

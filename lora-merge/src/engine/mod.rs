@@ -77,9 +77,9 @@ impl RoundingMode {
     fn of(self, parameter: &str) -> Rounding {
         match self {
             RoundingMode::Nearest => Rounding::Nearest,
-            RoundingMode::Stochastic { seed } => Rounding::Stochastic {
-                key: stochastic_key(seed, parameter),
-            },
+            RoundingMode::Stochastic { seed } => {
+                Rounding::Stochastic { key: stochastic_key(seed, parameter) }
+            }
         }
     }
 }
@@ -134,9 +134,7 @@ pub(crate) fn fill(
     }
     for (output, layout) in outputs.iter().zip(&plan.output.files) {
         copy::write_at(output.file, &layout.header, 0).at(output.path, "write")?;
-        progress
-            .done
-            .fetch_add(layout.header.len() as u64, Ordering::Relaxed);
+        progress.done.fetch_add(layout.header.len() as u64, Ordering::Relaxed);
     }
     let mappings = plan
         .base
@@ -310,11 +308,7 @@ impl Engine<'_> {
         let b = required(factors.b.to_f32())?;
         factors.a.release();
         factors.b.release();
-        let (rank, input, out) = (
-            factors.rank(),
-            factors.in_features(),
-            factors.out_features(),
-        );
+        let (rank, input, out) = (factors.rank(), factors.in_features(), factors.out_features());
         Ok(match target.orientation {
             Orientation::OutIn => Factors::new(out, input, rank, &b, &a, target.scale),
             Orientation::InOut => {
@@ -361,13 +355,7 @@ impl Engine<'_> {
             realised,
             copied: count(crate::layout::Job::Copy),
             converted: count(crate::layout::Job::Convert),
-            bytes: self
-                .plan
-                .output
-                .files
-                .iter()
-                .map(|file: &OutputFile| file.bytes)
-                .sum(),
+            bytes: self.plan.output.files.iter().map(|file: &OutputFile| file.bytes).sum(),
             threads,
         })
     }
@@ -377,32 +365,18 @@ impl Engine<'_> {
 fn required<T>(value: Option<T>) -> Result<T> {
     value.ok_or_else(|| {
         let source = std::io::Error::other("a component that the planner should have refused");
-        lora_format::Error::Io {
-            path: "the plan".into(),
-            action: "carry out",
-            source,
-        }
-        .into()
+        lora_format::Error::Io { path: "the plan".into(), action: "carry out", source }.into()
     })
 }
 
 fn refuse_non_finite(plan: &MergePlan) -> Result<()> {
-    for factors in plan
-        .targets
-        .iter()
-        .filter_map(|target| plan.factors(target))
-    {
+    for factors in plan.targets.iter().filter_map(|target| plan.factors(target)) {
         for tensor in [&factors.a, &factors.b] {
             let found = non_finite(tensor.dtype, tensor.bytes());
             tensor.release();
             if let Some((count, first)) = found {
                 let (adapter, tensor) = (plan.adapter.path.clone(), tensor.name.clone());
-                return Err(Error::NonFinite {
-                    adapter,
-                    tensor,
-                    count,
-                    first,
-                });
+                return Err(Error::NonFinite { adapter, tensor, count, first });
             }
         }
     }
@@ -415,10 +389,7 @@ fn non_finite(dtype: Dtype, bytes: &[u8]) -> Option<(usize, usize)> {
     let word = |at: &[u8]| u32::from_le_bytes([at[0], at[1], at[2], at[3]]);
     let scan = |width: usize, mask: u32, read: &dyn Fn(&[u8]) -> u32| {
         let bad = |element: &[u8]| read(element) & mask == mask;
-        let count = bytes
-            .chunks_exact(width)
-            .filter(|&element| bad(element))
-            .count();
+        let count = bytes.chunks_exact(width).filter(|&element| bad(element)).count();
         let first = bytes.chunks_exact(width).position(bad)?;
         Some((count, first))
     };

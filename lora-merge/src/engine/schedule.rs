@@ -85,11 +85,7 @@ fn whole(plan: &MergePlan, file: usize, tensor: &OutputTensor) -> Work {
         // Of a copy, not used.
         source_type: float_type(info.dtype).unwrap_or(FloatType::F32),
         output_type: float_type(tensor.dtype).unwrap_or(FloatType::F32),
-        kind: if tensor.job == Job::Copy {
-            WorkKind::Copy
-        } else {
-            WorkKind::Convert
-        },
+        kind: if tensor.job == Job::Copy { WorkKind::Copy } else { WorkKind::Convert },
     }
 }
 
@@ -105,12 +101,7 @@ fn split_copy(run: Option<Work>, work: &mut Vec<Work>) {
     let mut at = 0;
     while at < run.bytes {
         let bytes = COPY_BYTES.min(run.bytes - at);
-        work.push(Work {
-            source: run.source + at,
-            offset: run.offset + at,
-            bytes,
-            ..run.clone()
-        });
+        work.push(Work { source: run.source + at, offset: run.offset + at, bytes, ..run.clone() });
         at += bytes;
     }
 }
@@ -139,31 +130,17 @@ fn split_tiles(
         return;
     }
     let tile_rows = (per_tile / cols).max(1);
-    let tile_cols = if per_tile >= cols {
-        cols
-    } else {
-        (per_tile / PANEL).max(1) * PANEL
-    };
+    let tile_cols = if per_tile >= cols { cols } else { (per_tile / PANEL).max(1) * PANEL };
     let mut row = 0;
     while row < rows {
         let height = tile_rows.min(rows - row);
         let mut col = 0;
         while col < cols {
             let width = tile_cols.min(cols - col);
-            let region = TileRegion {
-                row,
-                rows: height,
-                col,
-                cols: width,
-            };
+            let region = TileRegion { row, rows: height, col, cols: width };
             let first = (row * cols + col) as u64;
             let elements = (height * width) as u64;
-            work.push(part(
-                piece,
-                first,
-                elements,
-                WorkKind::Merge { target, region },
-            ));
+            work.push(part(piece, first, elements, WorkKind::Merge { target, region }));
             col += width;
         }
         row += height;

@@ -65,26 +65,10 @@ impl Factors {
         right: &[f32],
         scale: f64,
     ) -> Self {
-        assert_eq!(
-            Some(left.len()),
-            rows.checked_mul(rank),
-            "left factor is not rows×rank"
-        );
-        assert_eq!(
-            Some(right.len()),
-            rank.checked_mul(cols),
-            "right factor is not rank×cols"
-        );
-        let scaled = if rank <= CHUNK {
-            scale_exactly(left, scale)
-        } else {
-            None
-        };
-        let path = if scaled.is_some() {
-            Path::F32
-        } else {
-            Path::F64
-        };
+        assert_eq!(Some(left.len()), rows.checked_mul(rank), "left factor is not rows×rank");
+        assert_eq!(Some(right.len()), rank.checked_mul(cols), "right factor is not rank×cols");
+        let scaled = if rank <= CHUNK { scale_exactly(left, scale) } else { None };
+        let path = if scaled.is_some() { Path::F32 } else { Path::F64 };
         let panels = cols.div_ceil(PANEL);
         let mut packed = Vec::with_capacity(panels * rank);
         for panel in 0..panels {
@@ -98,15 +82,7 @@ impl Factors {
             }
         }
         let left = scaled.unwrap_or_else(|| left.to_vec());
-        Self {
-            rows,
-            cols,
-            rank,
-            scale,
-            path,
-            left,
-            right: packed,
-        }
+        Self { rows, cols, rank, scale, path, left, right: packed }
     }
 
     /// Rows of the whole tensor.

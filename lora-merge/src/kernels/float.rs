@@ -202,21 +202,13 @@ mod tests {
         let exponent = ((value.to_bits() >> 52) as i32 & 0x7FF) - 1023;
         let ulp = 2f64.powi(exponent.max(lowest) + 1 - digits);
         let rounded = (value / ulp).round_ties_even() * ulp;
-        if rounded.abs() > float.max_finite() {
-            f64::INFINITY.copysign(value)
-        } else {
-            rounded
-        }
+        if rounded.abs() > float.max_finite() { f64::INFINITY.copysign(value) } else { rounded }
     }
 
     fn check(float: FloatType, value: f64) {
         let bits = float.encode(value);
         let (got, wanted) = (f64::from(float.decode(bits)), nearest(float, value));
-        assert_eq!(
-            got.to_bits(),
-            wanted.to_bits(),
-            "{float} of {value:e}: {got:e}, {wanted:e}"
-        );
+        assert_eq!(got.to_bits(), wanted.to_bits(), "{float} of {value:e}: {got:e}, {wanted:e}");
     }
 
     #[test]
@@ -224,11 +216,7 @@ mod tests {
         for float in [FloatType::F16, FloatType::Bf16] {
             for bits in 0..=0xFFFF {
                 let value = float.decode(bits);
-                let wanted = if value.is_nan() {
-                    float.canonical_nan()
-                } else {
-                    bits
-                };
+                let wanted = if value.is_nan() { float.canonical_nan() } else { bits };
                 assert_eq!(float.encode(f64::from(value)), wanted);
                 assert_eq!(float.is_finite(bits), value.is_finite());
                 assert_eq!(float.is_infinite(bits), value.is_infinite());

@@ -32,10 +32,7 @@ impl Isa {
     /// Those this CPU runs, slowest first; never empty.
     #[must_use]
     pub fn available() -> Vec<Self> {
-        Self::ALL
-            .into_iter()
-            .filter(|isa| isa.is_available())
-            .collect()
+        Self::ALL.into_iter().filter(|isa| isa.is_available()).collect()
     }
 
     /// Whether this CPU runs it.
@@ -71,11 +68,7 @@ pub struct UnknownIsa {
 
 impl fmt::Display for UnknownIsa {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "unknown instruction set {:?}: expected one of",
-            self.name
-        )?;
+        write!(f, "unknown instruction set {:?}: expected one of", self.name)?;
         for (position, isa) in Isa::ALL.into_iter().enumerate() {
             write!(f, "{} {isa}", if position == 0 { "" } else { "," })?;
         }
@@ -92,8 +85,6 @@ impl FromStr for Isa {
         Self::ALL
             .into_iter()
             .find(|isa| isa.name() == name)
-            .ok_or_else(|| UnknownIsa {
-                name: name.to_owned(),
-            })
+            .ok_or_else(|| UnknownIsa { name: name.to_owned() })
     }
 }

@@ -178,19 +178,11 @@ impl TileRegion {
     /// Whole rows.
     #[must_use]
     pub fn full_width(factors: &Factors, row: usize, rows: usize) -> Self {
-        Self {
-            row,
-            rows,
-            col: 0,
-            cols: factors.cols(),
-        }
+        Self { row, rows, col: 0, cols: factors.cols() }
     }
 
     fn fits(&self, factors: &Factors) -> bool {
-        let rows_fit = self
-            .row
-            .checked_add(self.rows)
-            .is_some_and(|end| end <= factors.rows());
+        let rows_fit = self.row.checked_add(self.rows).is_some_and(|end| end <= factors.rows());
         let end = self.col.checked_add(self.cols);
         let cols_fit = end.is_some_and(|end| end <= factors.cols());
         let aligned = self.col.is_multiple_of(PANEL)
@@ -220,10 +212,7 @@ pub(crate) struct Tile<'a> {
 /// # Panics
 ///
 /// If the region does not fit the tensor, or a buffer does not fit the region.
-#[allow(
-    clippy::too_many_arguments,
-    reason = "two typed buffers and what relates them"
-)]
+#[allow(clippy::too_many_arguments, reason = "two typed buffers and what relates them")]
 pub fn merge_tile(
     isa: Isa,
     factors: &Factors,
@@ -234,34 +223,11 @@ pub fn merge_tile(
     out_type: FloatType,
     rounding: Rounding,
 ) -> TileStats {
-    assert!(
-        region.fits(factors),
-        "{region:?} is not a tile of this tensor"
-    );
-    let bytes = |float: FloatType| {
-        region
-            .rows
-            .checked_mul(region.cols)?
-            .checked_mul(float.size())
-    };
-    assert_eq!(
-        Some(base.len()),
-        bytes(base_type),
-        "base is not rows×cols of its type"
-    );
-    assert_eq!(
-        Some(out.len()),
-        bytes(out_type),
-        "out is not rows×cols of its type"
-    );
-    let tile = Tile {
-        factors,
-        region,
-        base,
-        base_type,
-        out_type,
-        rounding,
-    };
+    assert!(region.fits(factors), "{region:?} is not a tile of this tensor");
+    let bytes = |float: FloatType| region.rows.checked_mul(region.cols)?.checked_mul(float.size());
+    assert_eq!(Some(base.len()), bytes(base_type), "base is not rows×cols of its type");
+    assert_eq!(Some(out.len()), bytes(out_type), "out is not rows×cols of its type");
+    let tile = Tile { factors, region, base, base_type, out_type, rounding };
     with_ieee_floats(|| match native::merge_tile(isa, &tile, out) {
         Some(stats) => stats,
         None => scalar::merge_tile(&tile, out),
@@ -285,27 +251,14 @@ pub fn convert(
     out_type: FloatType,
 ) -> ConvertStats {
     let elements = base.len() / base_type.size();
-    assert_eq!(
-        base.len(),
-        elements * base_type.size(),
-        "base is not whole elements"
-    );
-    assert_eq!(
-        out.len(),
-        elements * out_type.size(),
-        "out is not as many elements as base"
-    );
+    assert_eq!(base.len(), elements * base_type.size(), "base is not whole elements");
+    assert_eq!(out.len(), elements * out_type.size(), "out is not as many elements as base");
     if base_type == out_type {
         out.copy_from_slice(base);
-        return ConvertStats {
-            elements: elements as u64,
-            ..ConvertStats::default()
-        };
+        return ConvertStats { elements: elements as u64, ..ConvertStats::default() };
     }
-    with_ieee_floats(
-        || match native::convert(isa, base, base_type, out, out_type) {
-            Some(stats) => stats,
-            None => scalar::convert(base, base_type, out, out_type),
-        },
-    )
+    with_ieee_floats(|| match native::convert(isa, base, base_type, out, out_type) {
+        Some(stats) => stats,
+        None => scalar::convert(base, base_type, out, out_type),
+    })
 }

@@ -71,11 +71,7 @@ fn add_to_odd(a: f64, b: f64) -> f64 {
         return sum;
     }
     let outwards = (rest > 0.0) == (sum > 0.0);
-    f64::from_bits(if outwards {
-        sum.to_bits() + 1
-    } else {
-        sum.to_bits() - 1
-    })
+    f64::from_bits(if outwards { sum.to_bits() + 1 } else { sum.to_bits() - 1 })
 }
 
 /// The bits of element `index` read from little-endian `bytes`.
@@ -99,11 +95,7 @@ fn write(float: FloatType, bytes: &mut [u8], index: usize, bits: u32) {
 /// every bit alone, NaN payloads included.
 #[inline(always)]
 fn recode(bits: u32, from: FloatType, to: FloatType) -> u32 {
-    if from == to {
-        bits
-    } else {
-        to.encode(f64::from(from.decode(bits)))
-    }
+    if from == to { bits } else { to.encode(f64::from(from.decode(bits))) }
 }
 
 /// A rectangle inside a tile: at most [`UNIT_ROWS`] rows of one panel. Its
@@ -133,11 +125,7 @@ pub(crate) fn finish_unit(
     out: &mut [u8],
     tally: &mut Tally,
 ) {
-    let &Unit {
-        base_type,
-        out_type,
-        ..
-    } = unit;
+    let &Unit { base_type, out_type, .. } = unit;
     let mut sums = LaneSums::ZERO;
     for row in 0..unit.rows {
         for column in 0..unit.columns {
@@ -177,14 +165,7 @@ pub(crate) fn finish_unit(
 
 /// The [`merge_tile`](super::merge_tile) of [`Isa::Scalar`](super::Isa).
 pub(crate) fn merge_tile(tile: &Tile<'_>, out: &mut [u8]) -> TileStats {
-    let &Tile {
-        factors,
-        region,
-        base,
-        base_type,
-        out_type,
-        rounding,
-    } = tile;
+    let &Tile { factors, region, base, base_type, out_type, rounding } = tile;
     let mut tally = Tally::ZERO;
     for group in (0..region.rows).step_by(ROW_GROUP) {
         let group_end = region.rows.min(group + ROW_GROUP);
@@ -222,9 +203,7 @@ fn product(factors: &Factors, row: usize, column: usize) -> Delta {
     debug_assert!(group < GROUPS, "a panel has three groups");
     let right = factors.right_panel(panel);
     let chain = |chunk: std::ops::Range<usize>| {
-        chunk.fold(0.0_f32, |sum, k| {
-            left[k].mul_add(right[k].0[group][lane], sum)
-        })
+        chunk.fold(0.0_f32, |sum, k| left[k].mul_add(right[k].0[group][lane], sum))
     };
     let rank = factors.rank();
     match factors.path() {
@@ -234,10 +213,7 @@ fn product(factors: &Factors, row: usize, column: usize) -> Delta {
             for start in (CHUNK..rank).step_by(CHUNK) {
                 sum += f64::from(chain(start..rank.min(start + CHUNK)));
             }
-            Delta::Double {
-                sum,
-                scale: factors.scale(),
-            }
+            Delta::Double { sum, scale: factors.scale() }
         }
     }
 }
@@ -252,10 +228,7 @@ pub(crate) fn convert(
     out_type: FloatType,
 ) -> ConvertStats {
     let elements = base.len() / base_type.size();
-    let mut stats = ConvertStats {
-        elements: elements as u64,
-        ..ConvertStats::default()
-    };
+    let mut stats = ConvertStats { elements: elements as u64, ..ConvertStats::default() };
     for index in 0..elements {
         let before = read(base_type, base, index);
         let after = recode(before, base_type, out_type);
@@ -285,11 +258,7 @@ mod tests {
         let significand = i128::from(bits & ((1 << 52) - 1) | 1 << 52);
         let shift = biased - 1075 - exponent;
         let magnitude = if shift < 0 {
-            assert_eq!(
-                significand >> -shift << -shift,
-                significand,
-                "not an integer"
-            );
+            assert_eq!(significand >> -shift << -shift, significand, "not an integer");
             significand >> -shift
         } else {
             assert!(shift < 74, "out of range");
@@ -306,12 +275,7 @@ mod tests {
         let (below, above) = (bits.wrapping_sub(1), bits + 1);
         let finest = |x: f64| ((x.to_bits() >> 52) as i32 & 0x7FF) - 1075;
         let all = [base, delta, value(bits), value(below), value(above)];
-        let exponent = all
-            .into_iter()
-            .filter(|x| *x != 0.0)
-            .map(finest)
-            .min()
-            .unwrap_or(0);
+        let exponent = all.into_iter().filter(|x| *x != 0.0).map(finest).min().unwrap_or(0);
         let exponent = exponent.max(-149 - 30);
         let exact = integer(base, exponent) + integer(delta, exponent);
         let distance = |bits| (integer(value(bits), exponent) - exact).abs();
@@ -337,10 +301,7 @@ mod tests {
                     // Integers of 128 bits hold exponents this far apart.
                     let near = |x: f32| x == 0.0 || (1e-7..1e7).contains(&x.abs());
                     if near(base) && near(delta) && magnitude > 1e-7 && magnitude < 1e4 {
-                        assert!(
-                            is_nearest(out_type, bits, base, delta),
-                            "{base:e} {delta:e}"
-                        );
+                        assert!(is_nearest(out_type, bits, base, delta), "{base:e} {delta:e}");
                         checked += 1;
                     }
                 }
@@ -370,17 +331,12 @@ mod tests {
         // |Δ| stays below a tenth of |W|.
         let left: Vec<f32> = (0..ROWS * rank).map(|_| noise.float()).collect();
         let size = 0.001 / (rank as f64 * scale.abs());
-        let right: Vec<f32> = (0..rank * COLS)
-            .map(|_| (f64::from(noise.float()) * size) as f32)
-            .collect();
+        let right: Vec<f32> =
+            (0..rank * COLS).map(|_| (f64::from(noise.float()) * size) as f32).collect();
         let mut base = elements(noise, base_type, ROWS * COLS, Taste::Plain);
         for element in base.chunks_mut(base_type.size()) {
             let magnitude = 0.01 + 0.04 * f64::from(noise.float()).abs();
-            let value = if noise.below(2) == 0 {
-                magnitude
-            } else {
-                -magnitude
-            };
+            let value = if noise.below(2) == 0 { magnitude } else { -magnitude };
             element.copy_from_slice(&base_type.encode(value).to_le_bytes()[..base_type.size()]);
         }
         let value = |at: usize| {
@@ -399,18 +355,8 @@ mod tests {
             }
         }
         let factors = Factors::new(ROWS, COLS, rank, &left, &right, scale);
-        let case = Case {
-            factors,
-            base,
-            base_type,
-            out_type,
-            rounding: Rounding::Nearest,
-        };
-        Trial {
-            case,
-            wanted,
-            bound,
-        }
+        let case = Case { factors, base, base_type, out_type, rounding: Rounding::Nearest };
+        Trial { case, wanted, bound }
     }
 
     #[test]
@@ -441,10 +387,7 @@ mod tests {
                         let slack = 1e-13 * (wanted.abs() + trial.bound[at]);
                         let allowed =
                             unit * wanted.abs() + gamma * trial.bound[at] * (1.0 + unit) + slack;
-                        assert!(
-                            (got - wanted).abs() <= allowed,
-                            "{got:e} {wanted:e} {allowed:e}"
-                        );
+                        assert!((got - wanted).abs() <= allowed, "{got:e} {wanted:e} {allowed:e}");
                         correct += usize::from(bits == out_type.encode(wanted));
                     }
                     if out_type == FloatType::Bf16 {
@@ -462,20 +405,11 @@ mod tests {
         let one = FloatType::Bf16.encode(1.0).to_le_bytes();
         let max = (FloatType::Bf16.infinity() - 1).to_le_bytes();
         let nan = FloatType::Bf16.canonical_nan().to_le_bytes();
-        let base: Vec<u8> = [one, one, one, max, nan]
-            .iter()
-            .flat_map(|b| [b[0], b[1]])
-            .collect();
+        let base: Vec<u8> = [one, one, one, max, nan].iter().flat_map(|b| [b[0], b[1]]).collect();
         let right = [2f32.powi(-9), 2f32.powi(-7), 0.0, 1e37, 1.0];
         let factors = Factors::new(1, 5, 1, &[1.0], &right, 1.0);
         let (base_type, out_type) = (FloatType::Bf16, FloatType::Bf16);
-        let case = Case {
-            factors,
-            base,
-            base_type,
-            out_type,
-            rounding: Rounding::Nearest,
-        };
+        let case = Case { factors, base, base_type, out_type, rounding: Rounding::Nearest };
         let region = TileRegion::full_width(&case.factors, 0, 1);
         for isa in Isa::available() {
             let (_, stats) = case.merge(isa, region);

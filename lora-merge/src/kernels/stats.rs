@@ -72,11 +72,8 @@ pub(crate) struct LaneSums {
 }
 
 impl LaneSums {
-    pub(crate) const ZERO: Self = Self {
-        dot: [0.0; LANES],
-        realised_sq: [0.0; LANES],
-        wanted_sq: [0.0; LANES],
-    };
+    pub(crate) const ZERO: Self =
+        Self { dot: [0.0; LANES], realised_sq: [0.0; LANES], wanted_sq: [0.0; LANES] };
 }
 
 /// The running statistics of a tile: `f64` lanes and plain counters.

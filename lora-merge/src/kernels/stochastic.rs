@@ -46,21 +46,16 @@ pub(crate) fn round(value: f64, to: FloatType, key: u64, index: u64) -> u32 {
     if exact {
         return inner;
     }
-    // Bit patterns order magnitudes, so the next one is the outer neighbour.
-    let outer = inner + 1;
-    let (lower, upper) = if value < 0.0 {
-        (outer, inner)
-    } else {
-        (inner, outer)
-    };
-    let (low, high) = (f64::from(to.decode(lower)), f64::from(to.decode(upper)));
-    // Both differences are exact and the divisor is a power of two.
-    let probability = (value - low) / (high - low);
-    if uniform(key, index) < probability {
-        upper
-    } else {
-        lower
-    }
+    // Bit patterns order magnitudes, so the neighbours are `inner` and the
+    // next one, and for negative values the next one is the lower. Arithmetic
+    // in place of branches, which nobody could predict.
+    let negative = u32::from(value < 0.0);
+    let low = f64::from(to.decode(inner + negative));
+    let high = f64::from(to.decode(inner + 1 - negative));
+    // The probability is (value - low) / (high - low). The divisor is a power
+    // of two and everything here is exact, so it may as well multiply.
+    let up = uniform(key, index) * (high - low) < value - low;
+    inner + (u32::from(up) ^ negative)
 }
 
 #[cfg(test)]
@@ -71,14 +66,8 @@ mod tests {
     #[test]
     fn the_formula_is_pinned() {
         // SplitMix64 seeded with mix(0) = 0: its published first outputs.
-        assert_eq!(
-            uniform(0, 0),
-            (0xE220_A839_7B1D_CDAF_u64 >> 11) as f64 / 2f64.powi(53)
-        );
-        assert_eq!(
-            uniform(0, 1),
-            (0x6E78_9E6A_A1B9_65F4_u64 >> 11) as f64 / 2f64.powi(53)
-        );
+        assert_eq!(uniform(0, 0), (0xE220_A839_7B1D_CDAF_u64 >> 11) as f64 / 2f64.powi(53));
+        assert_eq!(uniform(0, 1), (0x6E78_9E6A_A1B9_65F4_u64 >> 11) as f64 / 2f64.powi(53));
     }
 
     #[test]
@@ -90,15 +79,10 @@ mod tests {
                 buckets[(uniform(key, index) * 64.0) as usize] += 1;
             }
             let expected = COUNT as f64 / 64.0;
-            let chi_squared: f64 = buckets
-                .iter()
-                .map(|&n| (f64::from(n) - expected).powi(2) / expected)
-                .sum();
+            let chi_squared: f64 =
+                buckets.iter().map(|&n| (f64::from(n) - expected).powi(2) / expected).sum();
             // 63 degrees of freedom: mean 63, deviation 11.2.
-            assert!(
-                (20.0..120.0).contains(&chi_squared),
-                "key {key}: {chi_squared}"
-            );
+            assert!((20.0..120.0).contains(&chi_squared), "key {key}: {chi_squared}");
         }
     }
 
@@ -106,12 +90,7 @@ mod tests {
     fn the_mean_is_the_value() {
         const COUNT: u32 = 20_000;
         for float in FloatType::ALL {
-            for value in [
-                1.001_234_567_891,
-                -0.033_333_333_3,
-                3.0e-8,
-                1.0 - 2f64.powi(-30),
-            ] {
+            for value in [1.001_234_567_891, -0.033_333_333_3, 3.0e-8, 1.0 - 2f64.powi(-30)] {
                 let ulp = {
                     let (inner, _) = float.truncate(value);
                     f64::from(float.decode(inner + 1)) - f64::from(float.decode(inner))

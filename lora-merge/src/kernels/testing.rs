@@ -21,9 +21,8 @@ impl Noise {
 
     pub(crate) fn bits(&mut self) -> u32 {
         let state = self.0;
-        self.0 = state
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1_442_695_040_888_963_407);
+        self.0 =
+            state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         let mixed = (((state >> 18) ^ state) >> 27) as u32;
         mixed.rotate_right((state >> 59) as u32)
     }
@@ -70,15 +69,8 @@ pub(crate) fn landmarks(float: FloatType) -> Vec<u32> {
         float.canonical_nan() + 5,
         infinity | (infinity - smallest_normal) | (smallest_normal - 1),
     ];
-    let sign = if float == FloatType::F32 {
-        1 << 31
-    } else {
-        1 << 15
-    };
-    positive
-        .into_iter()
-        .flat_map(|bits| [bits, bits | sign])
-        .collect()
+    let sign = if float == FloatType::F32 { 1 << 31 } else { 1 << 15 };
+    positive.into_iter().flat_map(|bits| [bits, bits | sign]).collect()
 }
 
 /// `count` encoded elements.
@@ -115,12 +107,10 @@ fn factor(noise: &mut Noise, count: usize, taste: Taste) -> Vec<f32> {
             (_, 60) => f32::from_bits(noise.below(1 << 24)),
             (_, 61) => noise.float() * 1e19,
             (_, 62) => noise.float() * 1e-22,
-            (_, _) if noise.below(16) == 0 => [
-                f32::INFINITY,
-                f32::NAN,
-                f32::MAX,
-                f32::from_bits(0x7FFF_FFFF),
-            ][noise.below(4) as usize],
+            (_, _) if noise.below(16) == 0 => {
+                [f32::INFINITY, f32::NAN, f32::MAX, f32::from_bits(0x7FFF_FFFF)]
+                    [noise.below(4) as usize]
+            }
             (_, _) => -0.0,
         })
         .collect()
@@ -188,11 +178,7 @@ impl Case {
                 &expected[at * size..][..size],
             );
         }
-        assert_eq!(
-            bits(&stats),
-            bits(&expected_stats),
-            "{what}: {stats:?} {expected_stats:?}"
-        );
+        assert_eq!(bits(&stats), bits(&expected_stats), "{what}: {stats:?} {expected_stats:?}");
     }
 }
 
@@ -213,18 +199,7 @@ fn bits(stats: &TileStats) -> [u64; 8] {
 const ROWS: [usize; 11] = [1, 2, 3, 4, 5, 6, 7, 8, 9, 33, 0];
 const COLS: [usize; 14] = [1, 2, 15, 16, 17, 31, 32, 33, 47, 48, 49, 95, 97, 160];
 const RANKS: [usize; 13] = [0, 1, 2, 3, 7, 8, 16, 63, 64, 65, 127, 128, 130];
-const SCALES: [f64; 10] = [
-    1.0,
-    -0.5,
-    4.0,
-    0.3,
-    -1.7,
-    0.0,
-    1e-30,
-    1e-60,
-    3e38,
-    1.0 / 16384.0,
-];
+const SCALES: [f64; 10] = [1.0, -0.5, 4.0, 0.3, -1.7, 0.0, 1e-30, 1e-60, 3e38, 1.0 / 16384.0];
 
 /// All shapes around every boundary, each with its own draw of types, taste
 /// and scale.
@@ -236,11 +211,7 @@ pub(crate) fn check_shapes(isa: Isa) {
                 if rows == 33 && rank > 16 {
                     continue;
                 }
-                let taste = if noise.below(2) == 0 {
-                    Taste::Plain
-                } else {
-                    Taste::Wild
-                };
+                let taste = if noise.below(2) == 0 { Taste::Plain } else { Taste::Wild };
                 let scale = match taste {
                     Taste::Plain | Taste::Sprinkled => SCALES[noise.below(5) as usize],
                     Taste::Wild => SCALES[noise.below(SCALES.len() as u32) as usize],
@@ -275,9 +246,7 @@ fn random_case(
         base_type,
         out_type,
         rounding: match noise.below(4) {
-            0 => Rounding::Stochastic {
-                key: u64::from(noise.bits()),
-            },
+            0 => Rounding::Stochastic { key: u64::from(noise.bits()) },
             _ => Rounding::Nearest,
         },
     }
@@ -336,13 +305,7 @@ pub(crate) fn check_ties(isa: Isa) {
                     let factors = Factors::new(ROWS, COLS, rank, &left, &right, 1.0);
                     assert_eq!(factors.path(), path);
                     let rounding = Rounding::Nearest;
-                    let case = Case {
-                        factors,
-                        base,
-                        base_type,
-                        out_type,
-                        rounding,
-                    };
+                    let case = Case { factors, base, base_type, out_type, rounding };
                     case.check(isa, case.whole(), "ties");
                 }
             }
@@ -467,13 +430,7 @@ pub(crate) fn check_zero_delta(isa: Isa) {
         let base: Vec<u8> = (0..=u16::MAX).flat_map(u16::to_le_bytes).collect();
         let factors = Factors::new(256, 256, 1, &[0.0; 256], &[1.0; 256], 1.0);
         let rounding = Rounding::Nearest;
-        let case = Case {
-            factors,
-            base,
-            base_type: float,
-            out_type: float,
-            rounding,
-        };
+        let case = Case { factors, base, base_type: float, out_type: float, rounding };
         case.check(isa, case.whole(), "zero");
         let (out, stats) = case.merge(isa, case.whole());
         assert_eq!(out, case.base);
@@ -495,11 +452,7 @@ pub(crate) fn check_conversions(isa: Isa) {
                         let stats = convert(isa, &base[1..], base_type, &mut out[1..], out_type);
                         (out, stats)
                     };
-                    assert_eq!(
-                        run(isa),
-                        run(Isa::Scalar),
-                        "{isa} {base_type}→{out_type} {count}"
-                    );
+                    assert_eq!(run(isa), run(Isa::Scalar), "{isa} {base_type}→{out_type} {count}");
                 }
             }
         }
@@ -521,16 +474,8 @@ pub(crate) fn check_conversions_exhaustively(isa: Isa) {
         let mut back = vec![0; 2 << 16];
         convert(isa, &wide, FloatType::F32, &mut back, from);
         for (bits, bytes) in (0..).zip(back.as_chunks::<2>().0) {
-            let wanted = if from.decode(bits).is_nan() {
-                from.canonical_nan()
-            } else {
-                bits
-            };
-            assert_eq!(
-                u32::from(u16::from_le_bytes(*bytes)),
-                wanted,
-                "{isa} {from}"
-            );
+            let wanted = if from.decode(bits).is_nan() { from.canonical_nan() } else { bits };
+            assert_eq!(u32::from(u16::from_le_bytes(*bytes)), wanted, "{isa} {from}");
         }
         let near_ties: Vec<u8> = values
             .iter()
@@ -560,13 +505,7 @@ pub(crate) fn check_environment(isa: Isa) {
         let factors = Factors::new(1, 160, 1, &left, &right, scale);
         let (base_type, out_type) = (FloatType::F32, FloatType::F32);
         let rounding = Rounding::Nearest;
-        let case = Case {
-            factors,
-            base: base.clone(),
-            base_type,
-            out_type,
-            rounding,
-        };
+        let case = Case { factors, base: base.clone(), base_type, out_type, rounding };
         let (expected, stats) = case.merge(Isa::Scalar, case.whole());
         let before = read_control();
         write_control(before | FLUSHING);
@@ -574,11 +513,7 @@ pub(crate) fn check_environment(isa: Isa) {
         let (out, flushed_stats) = case.merge(isa, case.whole());
         let after = read_control();
         write_control(before);
-        assert_eq!(
-            after & FLUSHING,
-            FLUSHING,
-            "the caller's setting is restored"
-        );
+        assert_eq!(after & FLUSHING, FLUSHING, "the caller's setting is restored");
         assert_eq!(inside & FLUSHING, 0);
         assert_eq!(out, expected);
         assert_eq!(bits(&stats), bits(&flushed_stats));
@@ -641,21 +576,7 @@ fn paths_follow_the_data() {
 #[should_panic(expected = "is not a tile")]
 fn regions_that_split_a_panel_are_refused() {
     let factors = Factors::new(1, 96, 0, &[], &[], 1.0);
-    let region = TileRegion {
-        row: 0,
-        rows: 1,
-        col: 16,
-        cols: 80,
-    };
+    let region = TileRegion { row: 0, rows: 1, col: 16, cols: 80 };
     let float = FloatType::F32;
-    merge_tile(
-        Isa::Scalar,
-        &factors,
-        region,
-        &[],
-        float,
-        &mut [],
-        float,
-        Rounding::Nearest,
-    );
+    merge_tile(Isa::Scalar, &factors, region, &[], float, &mut [], float, Rounding::Nearest);
 }

@@ -52,9 +52,5 @@ fn panel<V: Vector, B: Element, O: Element>(
         return None;
     }
     let elements = PANEL as u64;
-    Some(ConvertStats {
-        elements,
-        changed: elements - u64::from(unchanged),
-        overflowed: 0,
-    })
+    Some(ConvertStats { elements, changed: elements - u64::from(unchanged), overflowed: 0 })
 }

@@ -73,9 +73,7 @@ impl Element for F32 {
     #[inline(always)]
     fn are_finite(row: &[u8]) -> bool {
         let (elements, _) = row.as_chunks();
-        elements
-            .iter()
-            .all(|bits| Self::TYPE.is_finite(u32::from_le_bytes(*bits)))
+        elements.iter().all(|bits| Self::TYPE.is_finite(u32::from_le_bytes(*bits)))
     }
 
     #[inline(always)]
@@ -116,9 +114,7 @@ impl Element for Bf16 {
     #[inline(always)]
     fn are_finite(row: &[u8]) -> bool {
         let (elements, _) = row.as_chunks();
-        elements
-            .iter()
-            .all(|bits| Self::TYPE.is_finite(u32::from(u16::from_le_bytes(*bits))))
+        elements.iter().all(|bits| Self::TYPE.is_finite(u32::from(u16::from_le_bytes(*bits))))
     }
 
     /// The lower half is 0x8000. Adding 0x8000 clears it then, and only then,
@@ -131,19 +127,13 @@ impl Element for Bf16 {
     #[inline(always)]
     fn round_untied<V: Vector>(v: V, value: V::Floats) -> (V::Floats, V::Floats) {
         let rounded = v.add_bits(v.bits_of(value), 0x8000);
-        (
-            v.floats_of(v.and_bits(rounded, 0xFFFF_0000)),
-            v.floats_of(rounded),
-        )
+        (v.floats_of(v.and_bits(rounded, 0xFFFF_0000)), v.floats_of(rounded))
     }
 
     #[inline(always)]
     fn round<V: Vector>(v: V, value: V::Floats) -> (V::Floats, V::Floats) {
         let rounded = v.add_bits(v.add_parity_of_upper_half(v.bits_of(value)), 0x7FFF);
-        (
-            v.floats_of(v.and_bits(rounded, 0xFFFF_0000)),
-            v.floats_of(rounded),
-        )
+        (v.floats_of(v.and_bits(rounded, 0xFFFF_0000)), v.floats_of(rounded))
     }
 
     /// Adding to a NaN with a full payload carries into the sign.
@@ -170,9 +160,7 @@ impl Element for F16 {
     #[inline(always)]
     fn are_finite(row: &[u8]) -> bool {
         let (elements, _) = row.as_chunks();
-        elements
-            .iter()
-            .all(|bits| Self::TYPE.is_finite(u32::from(u16::from_le_bytes(*bits))))
+        elements.iter().all(|bits| Self::TYPE.is_finite(u32::from(u16::from_le_bytes(*bits))))
     }
 
     /// A normal value ties when its lower thirteen bits are 0x1000. Among
@@ -184,10 +172,7 @@ impl Element for F16 {
         let bits = v.bits_of(value);
         let normal = v.are_clear(v.add_bits(bits, 0x1000), 0x1FFF);
         let magnitude = v.floats_of(v.and_bits(bits, 0x7FFF_FFFF));
-        let subnormal = v.and(
-            v.is_less(magnitude, SMALLEST_NORMAL),
-            v.are_clear(bits, 0x0FFF),
-        );
+        let subnormal = v.and(v.is_less(magnitude, SMALLEST_NORMAL), v.are_clear(bits, 0x0FFF));
         v.or(normal, subnormal)
     }
 

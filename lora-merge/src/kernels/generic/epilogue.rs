@@ -45,11 +45,7 @@ impl Deltas for Single<'_> {
 
     #[inline(always)]
     fn are_zero(self) -> bool {
-        self.0
-            .as_flattened()
-            .as_flattened()
-            .iter()
-            .all(|delta| *delta == 0.0)
+        self.0.as_flattened().as_flattened().iter().all(|delta| *delta == 0.0)
     }
 
     #[inline(always)]
@@ -82,19 +78,12 @@ impl Deltas for Double<'_> {
 
     #[inline(always)]
     fn are_zero(self) -> bool {
-        self.sums
-            .as_flattened()
-            .as_flattened()
-            .iter()
-            .all(|sum| self.scale * sum == 0.0)
+        self.sums.as_flattened().as_flattened().iter().all(|sum| self.scale * sum == 0.0)
     }
 
     #[inline(always)]
     fn get(self, row: usize, column: usize) -> Delta {
-        Delta::Double {
-            sum: self.sums[row][column / LANES][column % LANES],
-            scale: self.scale,
-        }
+        Delta::Double { sum: self.sums[row][column / LANES][column % LANES], scale: self.scale }
     }
 }
 
@@ -197,11 +186,7 @@ pub(super) fn finish<V: Vector, B: Element, O: Element, const PARTIAL: bool>(
             let (merged, packed) = O::round_untied(v, total);
             O::store(v, packed, out, group);
 
-            let unmerged = if B::TYPE == O::TYPE {
-                base
-            } else {
-                O::round(v, base).0
-            };
+            let unmerged = if B::TYPE == O::TYPE { base } else { O::round(v, base).0 };
             let realised = v.sub(merged, unmerged);
             dot = v.mul_add(realised, wanted, dot);
             realised_sq = v.mul_add(realised, realised, realised_sq);
@@ -220,10 +205,7 @@ pub(super) fn finish<V: Vector, B: Element, O: Element, const PARTIAL: bool>(
     v.store(realised_sq, &mut sums.realised_sq);
     v.store(wanted_sq, &mut sums.wanted_sq);
     let lanes = (rows.min(UNIT_ROWS) * PANEL) as u32;
-    Some(Finished {
-        sums,
-        changed: lanes - unchanged,
-    })
+    Some(Finished { sums, changed: lanes - unchanged })
 }
 
 /// The rounded values of sixteen lanes among which some may be ties, as `f32`:

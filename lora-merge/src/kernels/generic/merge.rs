@@ -38,14 +38,7 @@ fn merge_single<V: Vector, B: Element, O: Element>(
     for band in Bands::of(tile) {
         product::single(v, tile.factors, &band.place(tile), &mut deltas);
         for (number, deltas) in deltas.0.iter().enumerate().take(band.units()) {
-            finish::<V, B, O>(
-                v,
-                tile,
-                &band.unit(tile, number),
-                Single(deltas),
-                out,
-                &mut tally,
-            );
+            finish::<V, B, O>(v, tile, &band.unit(tile, number), Single(deltas), out, &mut tally);
         }
     }
     tally.finish((tile.region.rows * tile.region.cols) as u64)
@@ -83,11 +76,7 @@ impl Band {
     #[inline(always)]
     fn place(&self, tile: &Tile<'_>) -> Place {
         let panel = (tile.region.col + self.column) / PANEL;
-        Place {
-            row: tile.region.row + self.row,
-            rows: self.rows,
-            panel,
-        }
+        Place { row: tile.region.row + self.row, rows: self.rows, panel }
     }
 
     fn units(&self) -> usize {
@@ -97,14 +86,7 @@ impl Band {
     /// One of the units, top to bottom, and its first element in the tile.
     #[inline(always)]
     fn unit(&self, tile: &Tile<'_>, number: usize) -> (Unit, usize) {
-        let &Tile {
-            factors,
-            region,
-            base_type,
-            out_type,
-            rounding,
-            ..
-        } = tile;
+        let &Tile { factors, region, base_type, out_type, rounding, .. } = tile;
         let row = self.row + number * UNIT_ROWS;
         let index_stride = factors.cols() as u64;
         let (tensor_row, tensor_column) = (region.row + row, region.col + self.column);
@@ -133,12 +115,7 @@ struct Bands {
 
 impl Bands {
     fn of(tile: &Tile<'_>) -> Self {
-        Self {
-            rows: tile.region.rows,
-            cols: tile.region.cols,
-            row: 0,
-            column: 0,
-        }
+        Self { rows: tile.region.rows, cols: tile.region.cols, row: 0, column: 0 }
     }
 }
 
@@ -158,12 +135,7 @@ impl Iterator for Bands {
         self.column += PANEL;
         let rows = ROW_GROUP.min(self.rows - row);
         let columns = PANEL.min(self.cols - column);
-        Some(Band {
-            row,
-            rows,
-            column,
-            columns,
-        })
+        Some(Band { row, rows, column, columns })
     }
 }
 
@@ -182,14 +154,8 @@ fn finish<V: Vector, B: Element, O: Element>(
     let finished = match unit.rounding {
         Rounding::Stochastic { .. } => None,
         Rounding::Nearest if unit.columns == PANEL => {
-            let base = Rows {
-                bytes: base,
-                stride: unit.stride,
-            };
-            let mut out = Rows {
-                bytes: &mut *out,
-                stride: unit.stride,
-            };
+            let base = Rows { bytes: base, stride: unit.stride };
+            let mut out = Rows { bytes: &mut *out, stride: unit.stride };
             epilogue::finish::<V, B, O, false>(v, deltas, &base, &mut out, unit.rows, PANEL)
         }
         Rounding::Nearest => finish_partial::<V, B, O>(v, unit, deltas, base, out),
@@ -203,11 +169,7 @@ fn finish<V: Vector, B: Element, O: Element>(
         None if keep::<B, O>(unit, deltas, base, out) => {}
         None => {
             // The types again, as constants the oracle is compiled for.
-            let unit = Unit {
-                base_type: B::TYPE,
-                out_type: O::TYPE,
-                ..*unit
-            };
+            let unit = Unit { base_type: B::TYPE, out_type: O::TYPE, ..*unit };
             let delta = |row, column| deltas.get(row, column);
             scalar::finish_unit(&unit, delta, base, out, tally);
         }
@@ -258,14 +220,8 @@ fn finish_partial<V: Vector, B: Element, O: Element>(
     let finished = epilogue::finish::<V, B, O, true>(
         v,
         deltas,
-        &Rows {
-            bytes: &padded_base,
-            stride: PANEL,
-        },
-        &mut Rows {
-            bytes: &mut padded_out,
-            stride: PANEL,
-        },
+        &Rows { bytes: &padded_base, stride: PANEL },
+        &mut Rows { bytes: &mut padded_out, stride: PANEL },
         unit.rows,
         unit.columns,
     )?;

@@ -131,9 +131,8 @@ impl Vector for Avx2 {
             both!(half => avx2!(_mm256_srli_epi32::<16>(_mm256_castps_si256(value[half]))));
         // Packing works within 128 bits; the permutation puts the quarters
         // back in order.
-        let words = avx2!(_mm256_permute4x64_epi64::<0b11_01_10_00>(
-            _mm256_packus_epi32(lower, upper)
-        ));
+        let words =
+            avx2!(_mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packus_epi32(lower, upper)));
         self.store_halves(words, to);
     }
 
@@ -166,16 +165,12 @@ impl Vector for Avx2 {
 
     #[inline(always)]
     fn will_read(self, bytes: &[u8], at: usize) {
-        avx2!(_mm_prefetch::<_MM_HINT_T0>(
-            bytes.as_ptr().wrapping_add(at).cast()
-        ));
+        avx2!(_mm_prefetch::<_MM_HINT_T0>(bytes.as_ptr().wrapping_add(at).cast()));
     }
 
     #[inline(always)]
     fn will_write(self, bytes: &mut [u8], at: usize) {
-        avx2!(_mm_prefetch::<_MM_HINT_ET0>(
-            bytes.as_ptr().wrapping_add(at).cast()
-        ));
+        avx2!(_mm_prefetch::<_MM_HINT_ET0>(bytes.as_ptr().wrapping_add(at).cast()));
     }
 
     #[inline(always)]

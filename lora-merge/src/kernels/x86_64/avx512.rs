@@ -113,9 +113,7 @@ impl Vector for Avx512 {
     #[inline(always)]
     fn load_bf16(self, from: &[u8; 32]) -> __m512 {
         let words = self.load_halves(from);
-        avx512!(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(
-            _mm512_cvtepu16_epi32(words)
-        )))
+        avx512!(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(words))))
     }
 
     #[inline(always)]
@@ -129,10 +127,7 @@ impl Vector for Avx512 {
         ];
         // SAFETY: `ODD_WORDS` is 64 readable bytes; no alignment is needed.
         let odd_words = unsafe { _mm512_loadu_si512(ODD_WORDS.as_ptr().cast()) };
-        let upper = avx512!(_mm512_permutexvar_epi16(
-            odd_words,
-            _mm512_castps_si512(value)
-        ));
+        let upper = avx512!(_mm512_permutexvar_epi16(odd_words, _mm512_castps_si512(value)));
         self.store_halves(avx512!(_mm512_castsi512_si256(upper)), to);
     }
 
@@ -155,23 +150,17 @@ impl Vector for Avx512 {
 
     #[inline(always)]
     fn narrow_to_halves(self, value: __m512) -> __m256i {
-        avx512!(_mm512_cvtps_ph::<
-            { _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC },
-        >(value))
+        avx512!(_mm512_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(value))
     }
 
     #[inline(always)]
     fn will_read(self, bytes: &[u8], at: usize) {
-        avx512!(_mm_prefetch::<_MM_HINT_T0>(
-            bytes.as_ptr().wrapping_add(at).cast()
-        ));
+        avx512!(_mm_prefetch::<_MM_HINT_T0>(bytes.as_ptr().wrapping_add(at).cast()));
     }
 
     #[inline(always)]
     fn will_write(self, bytes: &mut [u8], at: usize) {
-        avx512!(_mm_prefetch::<_MM_HINT_ET0>(
-            bytes.as_ptr().wrapping_add(at).cast()
-        ));
+        avx512!(_mm_prefetch::<_MM_HINT_ET0>(bytes.as_ptr().wrapping_add(at).cast()));
     }
 
     #[inline(always)]
@@ -217,10 +206,7 @@ impl Vector for Avx512 {
 
     #[inline(always)]
     fn is_nonzero(self, value: __m512) -> __mmask16 {
-        avx512!(_mm512_cmp_ps_mask::<_CMP_NEQ_UQ>(
-            value,
-            _mm512_setzero_ps()
-        ))
+        avx512!(_mm512_cmp_ps_mask::<_CMP_NEQ_UQ>(value, _mm512_setzero_ps()))
     }
 
     #[inline(always)]
@@ -235,10 +221,7 @@ impl Vector for Avx512 {
 
     #[inline(always)]
     fn are_clear(self, value: __m512i, mask: u32) -> __mmask16 {
-        avx512!(_mm512_testn_epi32_mask(
-            value,
-            _mm512_set1_epi32(mask.cast_signed())
-        ))
+        avx512!(_mm512_testn_epi32_mask(value, _mm512_set1_epi32(mask.cast_signed())))
     }
 
     #[inline(always)]
@@ -309,19 +292,13 @@ impl Vector for Avx512 {
     fn widen(self, value: __m512) -> [__m512d; 2] {
         let upper = avx512!(_mm512_extractf32x8_ps::<1>(value));
         let lower = avx512!(_mm512_castps512_ps256(value));
-        [
-            avx512!(_mm512_cvtps_pd(lower)),
-            avx512!(_mm512_cvtps_pd(upper)),
-        ]
+        [avx512!(_mm512_cvtps_pd(lower)), avx512!(_mm512_cvtps_pd(upper))]
     }
 
     #[inline(always)]
     fn narrow(self, value: [__m512d; 2]) -> __m512 {
         let [lower, upper] = both!(half => avx512!(_mm512_cvtpd_ps(value[half])));
-        avx512!(_mm512_insertf32x8::<1>(
-            _mm512_castps256_ps512(lower),
-            upper
-        ))
+        avx512!(_mm512_insertf32x8::<1>(_mm512_castps256_ps512(lower), upper))
     }
 
     #[inline(always)]
