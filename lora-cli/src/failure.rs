@@ -2,7 +2,7 @@
 
 use std::io;
 
-use lora_format::{DetectProblem, Error as FormatError, IndexProblem};
+use lora_format::{DetectProblem, Dtype, Error as FormatError, IndexProblem};
 use lora_merge::{Error as MergeError, PlanProblem};
 use serde::Serialize;
 
@@ -128,7 +128,12 @@ fn merge_hint(error: &MergeError) -> Option<String> {
         MergeError::NonFinite { .. } => {
             "training diverged or the file is damaged; to merge it all the same, --allow-nonfinite"
         }
-        MergeError::Overflow { .. } => "choose a dtype with a larger range: --dtype bf16 or f32",
+        MergeError::Overflow { dtype: Dtype::F16, .. } => {
+            "choose a dtype with a larger range: --dtype bf16 or f32"
+        }
+        MergeError::Overflow { .. } => {
+            "the delta itself is out of range: check --scale and the adapter's alpha"
+        }
         MergeError::NoSpace { .. } => "write to another file system with -o",
         MergeError::OutputIsInput { .. } => "choose another -o",
         MergeError::NotReplaceable { .. } => "choose another -o, or remove it yourself",

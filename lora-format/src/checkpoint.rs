@@ -3,7 +3,7 @@
 //! In a sharded directory the index decides, as it does for transformers' own loader: files it
 //! does not name (consolidated or stale copies) do not belong to the model.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::path::{Component, Path, PathBuf};
 
@@ -11,7 +11,7 @@ use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::{Map, Value};
 
 use crate::codec::{existing, open_safetensors};
-use crate::container::safetensors::{SafetensorsFile, TensorInfo};
+use crate::container::safetensors::{Bounded, SafetensorsFile, TensorInfo};
 use crate::error::{DetectProblem, Error, IndexProblem, IoContext, Result};
 use crate::io;
 use crate::json;
@@ -54,7 +54,7 @@ pub struct Shard {
     pub name: String,
     /// The file.
     pub file: SafetensorsFile,
-    /// Positions in its header of stale copies that belong to no model.
+    /// Positions in its header of stale copies that belong to no model, ascending.
     pub stale: Vec<usize>,
 }
 
@@ -101,6 +101,9 @@ impl Checkpoint {
         files.sort();
         pickles.sort();
         match (files.as_slice(), pickles.first()) {
+            ([only], _) if is_one_of_several(only) => {
+                Err(unrecognised(DetectProblem::OneOfSeveral { file: only.clone() }))
+            }
             ([only], _) => {
                 let file = SafetensorsFile::open(&path.join(only))?;
                 Checkpoint::of_single(path, Layout::Directory, file)
@@ -137,6 +140,8 @@ impl Checkpoint {
             }
         }
         let mut notes = Vec::new();
+        // Tensors that the index does not name, and the shard that each is in.
+        let mut unlisted: HashMap<String, String> = HashMap::new();
         for (number, shard) in shards.iter_mut().enumerate() {
             for (position, info) in shard.file.header().tensors.iter().enumerate() {
                 let (tensor, shard_name) = (info.name.clone(), shard.name.clone());
@@ -147,7 +152,13 @@ impl Checkpoint {
                         let indexed = index.shards[indexed].clone();
                         notes.push(Note::StaleCopy { tensor, shard: shard_name, indexed });
                     }
-                    None => notes.push(Note::NotInIndex { tensor, shard: shard_name }),
+                    None => {
+                        if let Some(first) = unlisted.insert(tensor.clone(), shard_name.clone()) {
+                            let second = shard_name;
+                            return Err(invalid(IndexProblem::Twice { tensor, first, second }));
+                        }
+                        notes.push(Note::NotInIndex { tensor, shard: shard_name });
+                    }
                 }
             }
         }
@@ -164,7 +175,7 @@ impl Checkpoint {
         let mut by_name = Vec::new();
         for (number, shard) in shards.iter().enumerate() {
             for position in 0..shard.file.header().tensors.len() {
-                if !shard.stale.contains(&position) {
+                if shard.stale.binary_search(&position).is_err() {
                     by_name.push((number as u32, position as u32));
                 }
             }
@@ -284,8 +295,11 @@ impl Index {
         let text = io::read_limited(path, limits::INDEX_BYTES)?;
         let raw: RawIndex = serde_json::from_slice(&text)
             .map_err(|source| Error::Json { path: path.to_owned(), source })?;
+        let pairs = raw.weight_map.0.all().map_err(|found| {
+            invalid(IndexProblem::TooManyTensors { found, limit: limits::TENSORS })
+        })?;
         let mut numbers: BTreeMap<String, u32> = BTreeMap::new();
-        for (_, shard) in &raw.weight_map.0 {
+        for (_, shard) in &pairs {
             if !numbers.contains_key(shard) {
                 if !is_plain_name(shard) {
                     return Err(invalid(IndexProblem::OutsideDirectory { shard: shard.clone() }));
@@ -303,9 +317,7 @@ impl Index {
         for (number, slot) in numbers.values_mut().enumerate() {
             *slot = number as u32;
         }
-        let mut weight_map: Vec<(String, u32)> = raw
-            .weight_map
-            .0
+        let mut weight_map: Vec<(String, u32)> = pairs
             .into_iter()
             .map(|(tensor, shard)| (tensor, numbers.get(&shard).copied().unwrap_or(0)))
             .collect();
@@ -338,6 +350,18 @@ fn is_plain_name(name: &str) -> bool {
     single && components.next().is_none() && !name.contains(['/', '\\', '\0'])
 }
 
+/// Whether `name` ends as that of one shard of many does: `…-00001-of-00002.safetensors`.
+fn is_one_of_several(name: &str) -> bool {
+    let number = |text: &str| -> Option<u64> {
+        text.bytes().all(|byte| byte.is_ascii_digit()).then(|| text.parse().ok())?
+    };
+    let stem = name.strip_suffix(".safetensors").unwrap_or(name);
+    stem.rsplit_once("-of-").is_some_and(|(before, total)| {
+        let turn = before.rsplit_once('-').map_or(before, |(_, turn)| turn);
+        number(turn).is_some() && number(total).is_some_and(|total| total > 1)
+    })
+}
+
 #[derive(serde::Deserialize)]
 struct RawIndex {
     metadata: Option<Value>,
@@ -345,7 +369,7 @@ struct RawIndex {
 }
 
 /// The map as a list: equal keys are seen, and a large one is not held as JSON values.
-struct WeightMap(Vec<(String, String)>);
+struct WeightMap(Bounded<(String, String)>);
 
 impl<'de> Deserialize<'de> for WeightMap {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -357,12 +381,8 @@ impl<'de> Deserialize<'de> for WeightMap {
                 f.write_str("an object that maps tensor names to file names")
             }
 
-            fn visit_map<A: MapAccess<'de>>(self, mut access: A) -> Result<WeightMap, A::Error> {
-                let mut pairs = Vec::new();
-                while let Some(pair) = access.next_entry()? {
-                    pairs.push(pair);
-                }
-                Ok(WeightMap(pairs))
+            fn visit_map<A: MapAccess<'de>>(self, access: A) -> Result<WeightMap, A::Error> {
+                Bounded::entries(access, limits::TENSORS).map(WeightMap)
             }
         }
         deserializer.deserialize_map(Pairs)

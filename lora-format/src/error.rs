@@ -122,6 +122,16 @@ pub enum Error {
         /// The adapter's tensor file.
         path: PathBuf,
     },
+    /// The user says something of an adapter that its format leaves no room for.
+    #[error("{}: no {option} can be given for it: {reason}", path.display())]
+    Meaningless {
+        /// The adapter.
+        path: PathBuf,
+        /// What was given.
+        option: &'static str,
+        /// Why it has no meaning.
+        reason: &'static str,
+    },
     /// The file needs a newer reader.
     #[error("{}: format version {found}: this program reads versions 1.x", path.display())]
     Version {
@@ -250,6 +260,13 @@ pub enum IndexProblem {
     Empty,
     #[error("the index names {found} shards, the limit is {limit}")]
     TooManyShards { found: usize, limit: usize },
+    #[error("the index names {found} tensors, the limit is {limit}")]
+    TooManyTensors { found: usize, limit: usize },
+    #[error(
+        "the tensor `{tensor}` is in both {first} and {second}, and the index does not say which \
+         is meant"
+    )]
+    Twice { tensor: String, first: String, second: String },
 }
 
 /// Why a path could not be opened as an adapter or a model.
@@ -268,6 +285,11 @@ pub enum DetectProblem {
         "the directory holds several safetensors files and no index: {}", files.join(", ")
     )]
     SeveralModels { files: Vec<String> },
+    #[error(
+        "the directory holds only {file}, one shard of several, and no \
+         model.safetensors.index.json: the model is incomplete"
+    )]
+    OneOfSeveral { file: String },
     #[error("the directory holds no adapter: looked for adapter_model.safetensors")]
     NoAdapter,
     #[error(

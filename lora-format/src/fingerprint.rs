@@ -140,11 +140,13 @@ pub fn compare<'a>(
         let Some(found) = actual(expected) else {
             continue;
         };
-        let equal = if expected.shape == found.shape { expected.equal(&found) } else { 0 };
+        let alike = expected.shape == found.shape;
+        let equal = if alike { expected.equal(&found) } else { 0 };
         compared += expected.values.len();
         matching += equal;
         reencoded |= expected.dtype != found.dtype;
-        if equal < expected.values.len() && first.is_none() {
+        // A shape differs even where neither side has an element to sample.
+        if (!alike || equal < expected.values.len()) && first.is_none() {
             first = Some(expected.target.clone());
         }
     }
@@ -208,5 +210,14 @@ mod tests {
         assert_eq!(verdict(&original, &other), expected);
 
         assert_eq!(compare(&original, |_| None), Verdict::Unknown);
+
+        let shaped = |shape: &[usize]| {
+            let mut empty = samples(Dtype::F32, &[]);
+            empty.targets[0].shape = shape.to_vec();
+            empty
+        };
+        let expected = Verdict::Different { equal: 0, compared: 0, first: "x.weight".into() };
+        assert_eq!(verdict(&shaped(&[0, 4]), &shaped(&[0, 8])), expected);
+        assert_eq!(verdict(&shaped(&[0, 4]), &shaped(&[0, 4])), Verdict::Unknown);
     }
 }

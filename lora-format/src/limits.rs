@@ -25,9 +25,14 @@ pub const PATTERN_KEYS: usize = 100_000;
 pub const PATTERN_REGEXES: usize = 256;
 /// Bytes of one pattern key.
 pub const PATTERN_BYTES: usize = 4 * 1024;
+/// Keys of one table that may look around, and so backtrack.
+pub const PATTERN_LOOK_AROUNDS: usize = 16;
 /// Steps that a backtracking pattern may take on one name before it is refused.
-pub const PATTERN_STEPS: usize = 100_000;
-/// Steps that all backtracking patterns of one adapter may take together, in matches tried.
+pub const PATTERN_STEPS: usize = 10_000;
+/// Steps that all backtracking patterns of one table may take together, a step on a long name
+/// counting as several.
+pub const PATTERN_TOTAL_STEPS: u64 = 50_000_000;
+/// Matches of other patterns that one table may try, a long name counting as several.
 pub const PATTERN_MATCHES: u64 = 20_000_000;
 /// The largest rank of a component.
 pub const RANK: usize = 65_536;

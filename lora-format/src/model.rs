@@ -6,11 +6,13 @@
 
 use std::fmt;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
+use crate::error::Result;
 use crate::fingerprint::BaseIdentity;
-use crate::tensor::Tensor;
+use crate::tensor::{MappedFile, Tensor};
 
 /// A set of changes to the parameters of one base model.
 #[derive(Clone, Debug)]
@@ -34,6 +36,28 @@ pub struct Adapter {
     pub extensions: Map<String, Value>,
     /// What the reader noticed and the user should know.
     pub notes: Vec<Note>,
+}
+
+impl Adapter {
+    /// Refuses an adapter whose file was written to since it was opened. What its tensors hold in
+    /// memory of their own cannot change.
+    ///
+    /// # Errors
+    /// [`crate::Error::Io`].
+    pub fn ensure_unchanged(&self) -> Result<()> {
+        let mut checked: Vec<&Arc<MappedFile>> = Vec::new();
+        for component in &self.components {
+            let Form::LowRank(factors) = &component.form;
+            for file in [&factors.a, &factors.b].into_iter().filter_map(Tensor::mapped_file) {
+                // Nearly always one file for all of them.
+                if !checked.iter().any(|known| Arc::ptr_eq(known, file)) {
+                    file.ensure_unchanged()?;
+                    checked.push(file);
+                }
+            }
+        }
+        Ok(())
+    }
 }
 
 /// The formats that adapters are read from and written to.

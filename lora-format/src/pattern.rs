@@ -6,8 +6,9 @@
 //!
 //! The keys come from an untrusted file. A key without metacharacters other than `.` (all that
 //! trainers write by themselves) is compared directly. Others must lie in the part of Python's
-//! syntax that means the same here, and run in an engine with linear time; look-around needs
-//! backtracking, which gets a bounded number of steps. What does not fit is refused by name.
+//! syntax that means the same here, and run in an engine with linear time. Look-around needs
+//! backtracking: few keys may use it, a match gets a bounded number of steps, and all matches of a
+//! table together do. What does not fit is refused by name.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -26,11 +27,28 @@ pub struct PatternTable {
     entries: Vec<Entry>,
     /// Indices of literal keys, by length in bytes.
     literals: HashMap<usize, Vec<usize>>,
+    /// Indices of keys that match one name alone, by that name.
+    exact: HashMap<String, Vec<usize>>,
     /// Indices of keys that are regular expressions.
-    regexes: Vec<(usize, Regex)>,
+    regexes: Vec<(usize, Pattern)>,
     /// Regex matches still allowed.
-    budget: u64,
+    matches: u64,
+    /// Backtracking steps still allowed.
+    steps: u64,
 }
+
+/// A compiled key.
+#[derive(Debug)]
+enum Pattern {
+    Linear(Regex),
+    /// The same expression with each of the limits in [`LADDER`]. The engine does not say how many
+    /// steps a match took, so it is tried with few at first, and charged with what it was allowed.
+    Backtracking(Box<[Regex; 3]>),
+}
+
+/// Steps that a match may take at its first, second and last try.
+const LADDER: [usize; 3] =
+    [limits::PATTERN_STEPS / 100, limits::PATTERN_STEPS / 10, limits::PATTERN_STEPS];
 
 /// What a table says of a module.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -64,8 +82,10 @@ impl PatternTable {
             field,
             entries: Vec::new(),
             literals: HashMap::new(),
+            exact: HashMap::new(),
             regexes: Vec::new(),
-            budget: limits::PATTERN_MATCHES,
+            matches: limits::PATTERN_MATCHES,
+            steps: limits::PATTERN_TOTAL_STEPS,
         };
         let empty = Map::new();
         let map = match value {
@@ -94,6 +114,10 @@ impl PatternTable {
             self.literals.entry(key.len()).or_default().push(index);
             return Ok(());
         }
+        if let Some(name) = exact_name(key) {
+            self.exact.entry(name).or_default().push(index);
+            return Ok(());
+        }
         if key.len() > limits::PATTERN_BYTES {
             return Err(self.refuse(index, "it is too long"));
         }
@@ -103,13 +127,18 @@ impl PatternTable {
         if let Err(problem) = check_syntax(key) {
             return Err(self.refuse(index, problem));
         }
-        let compiled = RegexBuilder::new(&format!(r"^(?:.*\.)?(?:{key})$"))
-            .backtrack_limit(limits::PATTERN_STEPS)
-            .delegate_size_limit(1 << 20)
-            .delegate_dfa_size_limit(1 << 20)
-            .build();
+        let compiled = if uses_look_around(key) {
+            let others = self.regexes.iter().filter(|(_, other)| other.backtracks()).count();
+            if others == limits::PATTERN_LOOK_AROUNDS {
+                return Err(self.refuse(index, "there are more than 16 keys with look-around"));
+            }
+            let [few, more, most] = LADDER.map(|steps| compile(key, steps));
+            few.and_then(|few| Ok(Pattern::Backtracking(Box::new([few, more?, most?]))))
+        } else {
+            compile(key, limits::PATTERN_STEPS).map(Pattern::Linear)
+        };
         match compiled {
-            Ok(regex) => self.regexes.push((index, regex)),
+            Ok(pattern) => self.regexes.push((index, pattern)),
             // The engine's own words speak of positions in the wrapped pattern.
             Err(fancy_regex::Error::ParseError(..)) => {
                 return Err(self.refuse(index, "it is not a valid regular expression"));
@@ -136,15 +165,37 @@ impl PatternTable {
     /// [`Error::Pattern`] if a key needs more steps than it may take.
     pub fn lookup(&mut self, module: &str) -> Result<Option<PatternMatch>> {
         let mut matching = self.matching_literals(module);
-        for (index, regex) in &self.regexes {
-            let Some(left) = self.budget.checked_sub(1) else {
-                return Err(self.refuse(*index, "the patterns take too many steps"));
+        matching.extend(self.exact.get(module).into_iter().flatten());
+        let (mut matches, mut steps) = (self.matches, self.steps);
+        // What one step costs grows with the name, which look-around may read again and again.
+        let weight = 1 + module.len() as u64 / 64;
+        for (index, pattern) in &self.regexes {
+            let exhausted = || self.refuse(*index, "the patterns take too many steps");
+            let found = match pattern {
+                Pattern::Linear(regex) => {
+                    matches = matches.checked_sub(weight).ok_or_else(exhausted)?;
+                    regex.is_match(module).ok()
+                }
+                Pattern::Backtracking(regexes) => {
+                    let mut found = None;
+                    for (regex, limit) in regexes.iter().zip(LADDER) {
+                        let cost = limit as u64 * weight;
+                        steps = steps.checked_sub(cost).ok_or_else(exhausted)?;
+                        found = regex.is_match(module).ok();
+                        if found.is_some() {
+                            break;
+                        }
+                    }
+                    found
+                }
             };
-            self.budget = left;
-            if regex.is_match(module).map_err(|_| self.refuse(*index, "it backtracks too far"))? {
-                matching.push(*index);
+            match found {
+                Some(true) => matching.push(*index),
+                Some(false) => {}
+                None => return Err(self.refuse(*index, "it backtracks too far")),
             }
         }
+        (self.matches, self.steps) = (matches, steps);
         let Some(&first) = matching.iter().min() else {
             return Ok(None);
         };
@@ -177,6 +228,57 @@ impl PatternTable {
         self.entries.iter().filter(|entry| !entry.used).map(|entry| entry.key.as_str())
     }
 }
+
+impl Pattern {
+    fn backtracks(&self) -> bool {
+        matches!(self, Pattern::Backtracking(_))
+    }
+}
+
+/// The key as PEFT wraps it.
+fn compile(key: &str, steps: usize) -> Result<Regex, fancy_regex::Error> {
+    RegexBuilder::new(&format!(r"^(?:.*\.)?(?:{key})$"))
+        .backtrack_limit(steps)
+        .delegate_size_limit(1 << 20)
+        .delegate_dfa_size_limit(1 << 20)
+        .build()
+}
+
+/// Whether a key may need backtracking. Nothing else that needs it passes [`check_syntax`]; a
+/// look-around that is only spelled so, as in `[(?=]`, costs no more than the look of it.
+fn uses_look_around(key: &str) -> bool {
+    ["(?=", "(?!", "(?<"].iter().any(|form| key.contains(form))
+}
+
+/// The key that matches the module called `name` and no other. Anchored: the name of one module
+/// may be a dotted suffix of another's.
+pub(crate) fn exactly(name: &str) -> String {
+    let mut key = "^".to_owned();
+    for character in name.chars() {
+        if METACHARACTERS.contains(character) {
+            key.push('\\');
+        }
+        key.push(character);
+    }
+    key
+}
+
+/// The only name that `key` matches, if it is a key as [`exactly`] makes them.
+fn exact_name(key: &str) -> Option<String> {
+    let mut rest = key.strip_prefix('^')?.chars();
+    let mut name = String::new();
+    while let Some(character) = rest.next() {
+        name.push(match character {
+            '\\' => rest.next().filter(|&escaped| METACHARACTERS.contains(escaped))?,
+            _ if METACHARACTERS.contains(character) => return None,
+            _ => character,
+        });
+    }
+    Some(name)
+}
+
+/// What Python's patterns give a meaning to outside character classes.
+const METACHARACTERS: &str = r".^$*+?{}[]\|()";
 
 /// Accepts the part of Python's pattern syntax that means the same in the engine used here.
 fn check_syntax(key: &str) -> Result<(), &'static str> {
@@ -298,6 +400,65 @@ mod tests {
         let error = backtracking.lookup(&long).unwrap_err();
         assert!(matches!(error, Error::Pattern { .. }), "{error}");
         assert!(table(json!({"(?:(?:a{1000}){1000}){1000}": 1})).is_err());
+    }
+
+    #[test]
+    fn many_look_arounds_end_quickly_or_are_refused() {
+        let started = std::time::Instant::now();
+        let keys = |count: usize| {
+            let key = |index| (format!("(?:(?=a)a)*(?:(?=a)a)*b{{{index}}}"), json!(index));
+            Value::Object((1..=count).map(key).collect())
+        };
+        let error = table(keys(256)).unwrap_err().to_string();
+        assert!(error.contains("more than 16 keys with look-around"), "{error}");
+        for length in [20, 60, 100, 300, 5000, 16 * 1024] {
+            let mut patterns = table(keys(16)).unwrap();
+            let name = "a".repeat(length);
+            let ended = (0..100_000).find_map(|_| patterns.lookup(&name).err());
+            let error = ended.unwrap().to_string();
+            assert!(error.contains("backtrack") || error.contains("too many steps"), "{error}");
+        }
+        for key in [
+            "(?:(?:(?=a)(?!b)){1000}){1000}",
+            "(?:(?:(?=a)|b){1000}){1000}",
+            "(?:(?:(?:(?=a)b?){1000}){1000}){1000}",
+            "(?:(?:(?:(?=a)(?:b|)){1000}){1000}){1000}",
+        ] {
+            let error = table(json!({ key: 1 })).unwrap().lookup(&"a".repeat(1000)).unwrap_err();
+            assert!(error.to_string().contains("backtracks too far"), "{key}: {error}");
+        }
+        let seconds = started.elapsed().as_secs_f64();
+        println!("{seconds:.2} s");
+        assert!(seconds < 60.0, "{seconds} s");
+    }
+
+    #[test]
+    fn look_arounds_as_people_write_them_serve_a_large_model() {
+        let mut patterns = table(json!({
+            r"model\.layers\.(?!1\b)\d+\.mlp\.experts\.\d+\.(?!gate)\w+": 1,
+            r".*(?<!k)_proj": 2,
+        }))
+        .unwrap();
+        let found = (0..36_096).filter(|index| {
+            let (layer, expert) = (index / 384, index % 384);
+            let module = format!("base.model.layers.{layer}.mlp.experts.{expert}.up_proj");
+            patterns.lookup(&module).unwrap().unwrap().contested
+        });
+        assert_eq!(found.count(), 36_096 - 384);
+    }
+
+    #[test]
+    fn exact_keys_match_one_name_each() {
+        for name in ["a.b", "a+b", r"a\b", "(a|b)", "a{2}", "[a]", "^a$", "<a>"] {
+            let key = exactly(name);
+            assert_eq!(exact_name(&key).as_deref(), Some(name), "{key}");
+            let regex = compile(&key, 100).unwrap();
+            assert!(regex.is_match(name).unwrap(), "{key}");
+            assert!(!regex.is_match(&format!("x.{name}")).unwrap(), "{key}");
+        }
+        assert_eq!(exact_name("^a.b"), None);
+        assert_eq!(exact_name(r"a\.b"), None);
+        assert_eq!(exact_name(r"^a\d"), None);
     }
 
     #[test]

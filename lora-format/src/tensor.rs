@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::container::safetensors::SafetensorsFile;
+use crate::container::safetensors::{OpenedFile, SafetensorsFile};
 use crate::dtype::Dtype;
 use crate::error::Result;
 use crate::io::mmap::Mapping;
@@ -22,8 +22,22 @@ pub struct Tensor {
 
 #[derive(Clone, Debug)]
 enum Data {
-    Mapped { mapping: Arc<Mapping>, range: Range<usize> },
+    Mapped { file: Arc<MappedFile>, range: Range<usize> },
     Owned(Arc<[u8]>),
+}
+
+/// A mapping with the file that it is of.
+#[derive(Debug)]
+pub(crate) struct MappedFile {
+    opened: Arc<OpenedFile>,
+    mapping: Mapping,
+}
+
+impl MappedFile {
+    /// Refuses a file that was written to since it was opened.
+    pub(crate) fn ensure_unchanged(&self) -> Result<()> {
+        self.opened.ensure_unchanged()
+    }
 }
 
 impl Tensor {
@@ -42,7 +56,7 @@ impl Tensor {
         match &self.data {
             // In range: the header was validated against the file's length, and the mapping
             // was checked to be no shorter.
-            Data::Mapped { mapping, range } => &mapping[range.clone()],
+            Data::Mapped { file, range } => &file.mapping[range.clone()],
             Data::Owned(bytes) => bytes,
         }
     }
@@ -69,8 +83,16 @@ impl Tensor {
 
     /// Drops a mapped tensor's pages from this process's resident set.
     pub fn release(&self) {
-        if let Data::Mapped { mapping, range } = &self.data {
-            mapping.release(range.clone());
+        if let Data::Mapped { file, range } = &self.data {
+            file.mapping.release(range.clone());
+        }
+    }
+
+    /// The file that its bytes lie in; `None` if it owns them.
+    pub(crate) fn mapped_file(&self) -> Option<&Arc<MappedFile>> {
+        match &self.data {
+            Data::Mapped { file, .. } => Some(file),
+            Data::Owned(_) => None,
         }
     }
 }
@@ -80,7 +102,7 @@ impl Tensor {
 /// # Errors
 /// [`crate::Error::Io`] if the file cannot be mapped.
 pub(crate) fn map_all(file: &SafetensorsFile) -> Result<Vec<Tensor>> {
-    let mapping = Arc::new(file.map()?);
+    let mapped = Arc::new(MappedFile { opened: file.opened(), mapping: file.map()? });
     let header = file.header();
     let at = |offset: u64| (header.data_start + offset) as usize;
     Ok(header
@@ -90,10 +112,7 @@ pub(crate) fn map_all(file: &SafetensorsFile) -> Result<Vec<Tensor>> {
             name: info.name.clone(),
             dtype: info.dtype,
             shape: info.shape.clone(),
-            data: Data::Mapped {
-                mapping: Arc::clone(&mapping),
-                range: at(info.start)..at(info.end),
-            },
+            data: Data::Mapped { file: Arc::clone(&mapped), range: at(info.start)..at(info.end) },
         })
         .collect())
 }

@@ -80,6 +80,16 @@ fn is_tokenizer_file(name: &str) -> bool {
     TOKENIZER.contains(&name) || name.ends_with(".tiktoken") || name.starts_with("tokenizer.model.")
 }
 
+fn is_template(name: &str) -> bool {
+    [JINJA, "chat_template.json"].contains(&name)
+}
+
+/// Whether the file holds a vocabulary, not only settings around one.
+fn is_vocabulary(name: &str) -> bool {
+    let settings = ["special_tokens_map.json", "tokenizer_config.json", "added_tokens.json"];
+    is_tokenizer_file(name) && !is_template(name) && !settings.contains(&name)
+}
+
 fn is_other_asset(name: &str) -> bool {
     let legal = ["LICENSE", "LICENCE", "NOTICE", "USE_POLICY"];
     // Models with code of their own load only with it beside them.
@@ -125,6 +135,12 @@ impl Assets {
         Ok(assets)
     }
 
+    /// The size of all files, as far as it can be told.
+    pub(crate) fn bytes(&self) -> u64 {
+        let size = |path: &PathBuf| std::fs::metadata(path).map_or(0, |metadata| metadata.len());
+        self.files.values().map(size).sum()
+    }
+
     fn take_base(&mut self, base: &Checkpoint) -> Result<()> {
         let weights: BTreeSet<&str> =
             base.shards().iter().map(|shard| shard.name.as_str()).collect();
@@ -133,17 +149,25 @@ impl Assets {
                 for (inner, path, directory) in list(&path)? {
                     let name = format!("{name}/{inner}");
                     let small = inner.ends_with(".json") || inner.ends_with(".safetensors");
-                    if small && !directory {
+                    if small && !directory && path.exists() {
                         self.files.insert(name, path);
                     } else {
                         self.left_behind.push(name);
                     }
                 }
-            } else if !directory && (is_tokenizer_file(&name) || is_other_asset(&name)) {
+            } else if !directory
+                && path.exists()
+                && (is_tokenizer_file(&name) || is_other_asset(&name))
+            {
                 self.files.insert(name, path);
             } else if directory && name == "additional_chat_templates" {
-                for (inner, path, _) in list(&path)? {
-                    self.files.insert(format!("{name}/{inner}"), path);
+                for (inner, path, directory) in list(&path)? {
+                    let name = format!("{name}/{inner}");
+                    if directory || !path.exists() {
+                        self.left_behind.push(name);
+                    } else {
+                        self.files.insert(name, path);
+                    }
                 }
             } else if !weights.contains(name.as_str())
                 && name != lora_format::checkpoint::INDEX_FILE
@@ -156,11 +180,26 @@ impl Assets {
     }
 
     fn take_tokenizer(&mut self, directory: &Path) -> Result<()> {
-        for (name, path, is_directory) in list(directory)? {
-            if !is_directory && is_tokenizer_file(&name) {
-                self.files.insert(name.clone(), path);
-                self.from_adapter.push(name);
+        let own: Vec<_> = list(directory)?
+            .into_iter()
+            .filter(|(name, _, is_directory)| !is_directory && is_tokenizer_file(name))
+            .collect();
+        // A vocabulary is a set of files that fit together: beside the adapter's, one of the base
+        // would be read first, or add its tokens.
+        if own.iter().any(|(name, ..)| is_vocabulary(name)) {
+            let stays = |name: &String| !is_tokenizer_file(name) || is_template(name);
+            let dropped: Vec<String> =
+                self.files.keys().filter(|name| !stays(name)).cloned().collect();
+            for name in dropped {
+                self.files.remove(&name);
+                if own.iter().all(|(other, ..)| *other != name) {
+                    self.left_behind.push(name);
+                }
             }
+        }
+        for (name, path, _) in own {
+            self.files.insert(name.clone(), path);
+            self.from_adapter.push(name);
         }
         // transformers prefers a template file to one inside tokenizer_config.json: the base's
         // file would shadow the template that the adapter brings inside its configuration.
@@ -189,16 +228,24 @@ impl Assets {
                 Dtype::F16 => "float16",
                 _ => "bfloat16",
             };
-            set_dtype(&mut edited, name, "", &mut self.config_changes);
-            if !edited.contains_key("dtype") && !edited.contains_key("torch_dtype") {
-                edited.insert("torch_dtype".to_owned(), json!(name));
-                self.config_changes.push(format!("torch_dtype added: {name}"));
+            // A part of a model may be stored otherwise than the whole (a vision tower in f32):
+            // its entry changes if everything was converted, or if it only repeated the whole's.
+            let old = stated_dtype(config);
+            let converted = layout
+                .files
+                .iter()
+                .flat_map(|file| &file.tensors)
+                .all(|tensor| !tensor.dtype.is_merge_float() || tensor.dtype == dtype);
+            let stale = |stated: &str| converted || Some(stated) == old;
+            set_dtype(&mut edited, name, "", &stale, &mut self.config_changes);
+            if old.is_none() {
+                let key = if edited.contains_key("dtype") { "dtype" } else { "torch_dtype" };
+                edited.insert(key.to_owned(), json!(name));
+                self.config_changes.push(format!("{key} added: {name}"));
             }
         }
-        if edited.contains_key("quantization_config") && !is_quantised(base) {
-            edited.remove("quantization_config");
-            let change = "quantization_config removed: no tensor is quantised";
-            self.config_changes.push(change.to_owned());
+        if !is_quantised(base) {
+            remove_quantization(&mut edited, "", &mut self.config_changes);
         }
         if !self.config_changes.is_empty() {
             self.config = Some(edited);
@@ -206,11 +253,38 @@ impl Assets {
     }
 }
 
-/// Sets every dtype entry, in nested model configurations too.
-fn set_dtype(config: &mut Map<String, Value>, dtype: &str, at: &str, changes: &mut Vec<String>) {
+/// The dtype that a configuration states for the whole model.
+fn stated_dtype(config: &Map<String, Value>) -> Option<&str> {
+    ["dtype", "torch_dtype"].into_iter().find_map(|key| config.get(key)?.as_str())
+}
+
+/// Removes `quantization_config`, in nested model configurations too.
+fn remove_quantization(config: &mut Map<String, Value>, at: &str, changes: &mut Vec<String>) {
+    if config.shift_remove("quantization_config").is_some() {
+        changes.push(format!("{at}quantization_config removed: no tensor is quantised"));
+    }
+    for (key, value) in config.iter_mut() {
+        if let Value::Object(nested) = value
+            && key.ends_with("_config")
+        {
+            remove_quantization(nested, &format!("{at}{key}."), changes);
+        }
+    }
+}
+
+/// Sets the top dtype entry and those nested ones that are stale.
+fn set_dtype(
+    config: &mut Map<String, Value>,
+    dtype: &str,
+    at: &str,
+    stale: &dyn Fn(&str) -> bool,
+    changes: &mut Vec<String>,
+) {
     for key in ["dtype", "torch_dtype"] {
         if let Some(value) = config.get_mut(key)
-            && value.as_str().is_some_and(|old| old != dtype && old != "auto")
+            && value
+                .as_str()
+                .is_some_and(|old| old != dtype && old != "auto" && (at.is_empty() || stale(old)))
         {
             changes.push(format!("{at}{key}: {} → {dtype}", value.as_str().unwrap_or_default()));
             *value = json!(dtype);
@@ -221,7 +295,7 @@ fn set_dtype(config: &mut Map<String, Value>, dtype: &str, at: &str, changes: &m
             && key.ends_with("_config")
             && key != "quantization_config"
         {
-            set_dtype(nested, dtype, &format!("{at}{key}."), changes);
+            set_dtype(nested, dtype, &format!("{at}{key}."), stale, changes);
         }
     }
 }
@@ -266,12 +340,26 @@ fn adapter_directory(adapter: &Adapter) -> Option<&Path> {
     if adapter.path.is_dir() { Some(&adapter.path) } else { Some(parent_of(&adapter.path)) }
 }
 
-/// A file or directory beside a model's weights that no merge writes.
-pub(crate) fn foreign_entry(model: &Checkpoint) -> Result<Option<String>> {
-    let mut assets = Assets::default();
-    assets.take_base(model)?;
-    let hidden = list(model.path())?.into_iter().map(|entry| entry.0).find(|n| n.starts_with('.'));
-    Ok(assets.left_behind.into_iter().next().or(hidden))
+/// A file or directory in a model's directory that is neither its weights nor among the names that
+/// the new output has: replacing the directory would lose it.
+pub(crate) fn foreign_entry(model: &Checkpoint, new: &Assets) -> Result<Option<String>> {
+    let weights = |name: &str| {
+        name == lora_format::checkpoint::INDEX_FILE
+            || model.shards().iter().any(|shard| shard.name == name)
+    };
+    for (name, path, is_directory) in list(model.path())? {
+        if is_directory {
+            for (inner, ..) in list(&path)? {
+                let name = format!("{name}/{inner}");
+                if !new.files.contains_key(&name) {
+                    return Ok(Some(name));
+                }
+            }
+        } else if !weights(&name) && !is_tokenizer_file(&name) && !new.files.contains_key(&name) {
+            return Ok(Some(name));
+        }
+    }
+    Ok(None)
 }
 
 /// The entries of a directory, sorted: (name, path, is a directory). Links are followed.

@@ -127,8 +127,6 @@ pub enum PlanProblem {
     Tied { module: String },
     #[error("`{module}`: fits several parameters of the base: {}", candidates.join(", "))]
     Ambiguous { module: String, candidates: Vec<String> },
-    #[error("`{tensor}` is in {first} and in {second}, and the index names neither")]
-    Twice { tensor: String, first: String, second: String },
     #[error("`{first}` and `{second}` both resolve to `{parameter}`")]
     Collision { first: String, second: String, parameter: String },
     #[error(
@@ -146,6 +144,8 @@ pub enum PlanProblem {
         method_text(method)
     )]
     Quantised { parameter: String, dtype: Dtype, method: Option<String> },
+    #[error("`{parameter}`: the base stores it as {dtype}; only F32, F16 and BF16 are merged into")]
+    Dtype { parameter: String, dtype: Dtype },
     #[error(
         "`{parameter}` is square, and whether it is stored as (out, in) or (in, out) is contradictory: {evidence}"
     )]

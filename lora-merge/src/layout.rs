@@ -115,7 +115,7 @@ pub(crate) fn lay_out(base: &Checkpoint, choices: &Choices<'_>) -> Result<Output
 /// The tensors of one shard of the base in data order, less stale copies.
 fn shard_tensors(base: &Checkpoint, number: usize, choices: &Choices<'_>) -> Vec<OutputTensor> {
     let shard = &base.shards()[number];
-    let stale = |position: &usize| shard.stale.contains(position);
+    let stale = |position: &usize| shard.stale.binary_search(position).is_ok();
     let positions = (0..shard.file.header().tensors.len()).filter(|position| !stale(position));
     positions
         .map(|tensor| {

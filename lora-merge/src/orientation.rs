@@ -98,59 +98,60 @@ impl<'a> Judge<'a> {
 
     /// The orientation of the square weight `parameter`.
     pub(crate) fn square(&self, parameter: &str) -> Result<Orientation, PlanProblem> {
-        let flag = self.flag.map(oriented);
-        if let (true, Some(orientation)) = (self.forced, flag) {
-            return Ok(orientation);
-        }
-        let contradiction = |evidence: String| PlanProblem::Orientation {
+        let problem = |evidence: String| PlanProblem::Orientation {
             parameter: parameter.to_owned(),
             evidence,
         };
+        let flag = self.flag.map(oriented);
         let siblings = self.siblings(parameter);
-        if let Some((_, first)) = siblings.first()
-            && let Some((name, other)) = siblings.iter().find(|(_, other)| other != first)
-        {
-            let evidence =
-                format!("`{}` is {}, `{name}` is {}", siblings[0].0, first.name(), other.name());
-            return Err(contradiction(evidence));
-        }
-        let sibling = siblings.first().map(|entry| entry.1);
-        let model = self.model_type();
-        let by_model = model.map(|model| oriented(CONV1D_MODELS.contains(&model)));
-        if let (Some(sibling), Some(by_model)) = (sibling, by_model)
-            && sibling != by_model
-        {
-            let evidence = format!(
-                "its sibling `{}` is {}, model_type {} means {}",
-                siblings[0].0,
-                sibling.name(),
-                model.unwrap_or_default(),
-                by_model.name()
-            );
-            return Err(contradiction(evidence));
-        }
-        let Some(orientation) = sibling.or(by_model) else {
-            return Ok(flag.unwrap_or(Orientation::OutIn));
+        let disagreeing =
+            siblings.first().and_then(|first| siblings.iter().find(|other| other.1 != first.1));
+        let (shown, who) = match (siblings.first(), disagreeing, self.model_type()) {
+            (Some(first), Some(other), _) => {
+                if let (true, Some(orientation)) = (self.forced, flag) {
+                    return Ok(orientation);
+                }
+                let (a, b) = (first.1.name(), other.1.name());
+                return Err(problem(format!("`{}` is {a}, `{}` is {b}", first.0, other.0)));
+            }
+            (Some(first), None, model) => {
+                if let (Some((model, by_model)), false) = (model, self.forced)
+                    && by_model != first.1
+                {
+                    let (a, b) = (first.1.name(), by_model.name());
+                    let evidence =
+                        format!("its sibling `{}` is {a}, model_type {model} means {b}", first.0);
+                    return Err(problem(evidence));
+                }
+                (first.1, format!("its sibling `{}`", first.0))
+            }
+            (None, _, Some((model, by_model))) => match (self.forced, flag) {
+                (true, Some(orientation)) => return Ok(orientation),
+                _ => (by_model, format!("model_type {model}")),
+            },
+            (None, _, None) => return Ok(flag.unwrap_or(Orientation::OutIn)),
         };
         // PEFT keeps one flag for the whole adapter and overwrites it layer by layer, so where
-        // the adapter's own shapes refute it, it says nothing about this layer.
-        let refuted = self.decided.values().any(|&shown| Some(shown) != flag);
+        // the adapter's own shapes refute it, it says nothing about this layer. What the user says
+        // is never refuted silently.
+        let refuted = !self.forced && self.decided.values().any(|&other| Some(other) != flag);
         match flag {
-            Some(flag) if flag != orientation && !refuted => Err(contradiction(format!(
-                "{} means {}, the adapter's fan_in_fan_out means {}",
-                siblings.first().map_or_else(
-                    || format!("model_type {}", model.unwrap_or_default()),
-                    |entry| format!("its sibling `{}`", entry.0)
-                ),
-                orientation.name(),
+            Some(flag) if flag != shown && !refuted => Err(problem(format!(
+                "{who} means {}, fan_in_fan_out means {}",
+                shown.name(),
                 flag.name()
             ))),
-            _ => Ok(orientation),
+            _ => Ok(shown),
         }
     }
 
-    fn model_type(&self) -> Option<&'a str> {
-        self.base.config()?.get("model_type")?.as_str()
+    /// The model type with what it means. A composite (an encoder with a decoder, a tower beside a
+    /// language model) means nothing for the whole.
+    fn model_type(&self) -> Option<(&'a str, Orientation)> {
+        let config = self.base.config()?;
+        let composite = config.values().any(|part| part.get("model_type").is_some());
+        let model = config.get("model_type")?.as_str()?;
+        (!composite).then(|| (model, oriented(CONV1D_MODELS.contains(&model))))
     }
 
     /// Non-square weights of the block that `parameter` is in, with what they show: targets of the

@@ -34,29 +34,33 @@ pub struct OutputOptions {
 /// # Errors
 /// [`Error::OutputIsInput`], [`Error::NotReplaceable`], [`Error::NoSpace`], or
 /// [`lora_format::Error::OutputExists`].
-pub fn check_destination(plan: &MergePlan, options: &OutputOptions) -> Result<()> {
+pub fn check_destination(plan: &MergePlan, assets: &Assets, options: &OutputOptions) -> Result<()> {
     let destination = &options.destination;
     let output = absolute(destination)?;
     let shards = plan.base.shards().iter().map(|shard| shard.file.path());
-    let adapter = plan.adapter.path.as_path();
-    let adapter_directory = if adapter.is_dir() { adapter } else { parent_of(adapter) };
-    let adapter_files =
-        [peft::MODEL_FILE, peft::CONFIG_FILE].map(|name| adapter_directory.join(name));
-    let adapter_files = adapter_files.iter().map(PathBuf::as_path).filter(|path| path.exists());
-    for input in shards.chain([plan.base.path(), adapter]).chain(adapter_files) {
-        // The input itself, or a directory that holds it.
-        if absolute(input)?.starts_with(&output) {
+    let (base, adapter) = (plan.base.path(), plan.adapter.path.as_path());
+    let beside = [peft::MODEL_FILE, peft::CONFIG_FILE]
+        .map(|name| parent_of(adapter).join(name))
+        .into_iter()
+        .filter(|path| adapter.is_file() && path.exists());
+    let beside: Vec<PathBuf> = beside.collect();
+    for input in shards.chain([base, adapter]).chain(beside.iter().map(PathBuf::as_path)) {
+        let input_path = absolute(input)?;
+        // The input itself, a directory that holds it, or a file that an input directory holds.
+        let inside = output.is_file() && output.parent() == Some(&input_path);
+        if input_path.starts_with(&output) || inside {
             let (output, input) = (destination.clone(), input.to_owned());
             return Err(Error::OutputIsInput { output, input });
         }
     }
-    atomic::refuse_existing(destination, options.overwrite)?;
-    if let Some(reason) = why_not_replaceable(plan, destination)? {
-        let path = destination.clone();
+    if destination.file_name().is_none() {
+        let (path, reason) = (destination.clone(), "it has no name of its own".to_owned());
         return Err(Error::NotReplaceable { path, reason });
     }
+    atomic::refuse_existing(destination, options.overwrite)?;
+    ensure_replaceable(plan, assets, destination)?;
     let directory = parent_of(destination);
-    let needed = plan.output.files.iter().map(|file| file.bytes).sum();
+    let needed = plan.output.files.iter().map(|file| file.bytes).sum::<u64>() + assets.bytes();
     match free_bytes(directory) {
         Some(free) if free < needed => {
             Err(Error::NoSpace { directory: directory.to_owned(), needed, free })
@@ -77,11 +81,14 @@ pub fn write(
     run: &RunOptions,
     progress: &Progress,
 ) -> Result<MergeReport> {
-    check_destination(plan, options)?;
+    check_destination(plan, assets, options)?;
     if plan.base.layout() == Layout::File {
         let output = AtomicFile::create(&options.destination, options.overwrite)?;
         let handle = OutputHandle { path: &options.destination, file: output.file() };
         let report = engine::fill(plan, &[handle], run, progress)?;
+        if progress.is_cancelled() {
+            return Err(Error::Interrupted);
+        }
         output.commit(options.durability)?;
         return Ok(report);
     }
@@ -123,9 +130,16 @@ fn write_directory(
         let copied = File::open(&target).at(&target, "open")?;
         finish_file(&copied, &target, options.durability)?;
     }
+    for directory in assets.files.keys().filter_map(|name| name.split_once('/')) {
+        if options.durability == Durability::Fsync {
+            atomic::sync_directory(&staging.path().join(directory.0))?;
+        }
+    }
     if progress.is_cancelled() {
         return Err(Error::Interrupted);
     }
+    // Once more, now that hours may have passed: what stands there may have gained files.
+    ensure_replaceable(plan, assets, &options.destination)?;
     staging.commit(options.durability)?;
     Ok(report)
 }
@@ -160,7 +174,18 @@ fn absolute(path: &Path) -> Result<PathBuf> {
 /// Why what stands at the destination may not be replaced even on request: only a file by a file,
 /// and a directory by a directory if it holds a model and nothing that a merge would not have
 /// written.
-fn why_not_replaceable(plan: &MergePlan, destination: &Path) -> Result<Option<String>> {
+fn ensure_replaceable(plan: &MergePlan, assets: &Assets, destination: &Path) -> Result<()> {
+    match why_not_replaceable(plan, assets, destination)? {
+        Some(reason) => Err(Error::NotReplaceable { path: destination.to_owned(), reason }),
+        None => Ok(()),
+    }
+}
+
+fn why_not_replaceable(
+    plan: &MergePlan,
+    assets: &Assets,
+    destination: &Path,
+) -> Result<Option<String>> {
     let Ok(found) = std::fs::metadata(destination) else {
         return Ok(None);
     };
@@ -170,7 +195,7 @@ fn why_not_replaceable(plan: &MergePlan, destination: &Path) -> Result<Option<St
         (false, false) => "it is a file, and the output is a directory".to_owned(),
         (false, true) => match Checkpoint::open(destination) {
             Ok(model) if model.config().is_some() => {
-                let Some(foreign) = assets::foreign_entry(&model)? else {
+                let Some(foreign) = assets::foreign_entry(&model, assets)? else {
                     return Ok(None);
                 };
                 format!("it holds {foreign}, which no merge writes")

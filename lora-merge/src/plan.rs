@@ -82,7 +82,6 @@ impl MergePlan {
         let modules: Vec<&str> =
             adapter.components.iter().map(|c| c.target.module.as_str()).collect();
         let Resolution { locations, mut problems, renames } = resolve::resolve(&modules, &base);
-        problems.extend(stored_twice(&base));
         let orientations = orient(&base, &adapter, &locations, options, &mut problems);
         if !problems.is_empty() {
             let (adapter, base) = (adapter.path, base.path().to_owned());
@@ -141,21 +140,6 @@ impl MergePlan {
     }
 }
 
-/// Tensors that two shards hold and the index does not list: an output can hold only one, and
-/// which of them is the model's cannot be told.
-fn stored_twice(base: &Checkpoint) -> Vec<PlanProblem> {
-    let shard = |location: Location| base.shards()[location.shard].name.clone();
-    let neighbours = base.tensors().zip(base.tensors().skip(1));
-    neighbours
-        .filter(|((_, first), (_, second))| first.name == second.name)
-        .map(|((first, info), (second, _))| PlanProblem::Twice {
-            tensor: info.name.clone(),
-            first: shard(first),
-            second: shard(second),
-        })
-        .collect()
-}
-
 /// The orientation of every resolved component, or a problem for it.
 fn orient(
     base: &Checkpoint,
@@ -198,6 +182,9 @@ fn orient(
 
 /// Why a delta cannot be added to this parameter whatever its shape.
 fn unmergeable(base: &Checkpoint, parameter: &str, dtype: Dtype) -> Option<PlanProblem> {
+    if dtype.bits() > 32 || dtype == Dtype::Bool {
+        return Some(PlanProblem::Dtype { parameter: parameter.to_owned(), dtype });
+    }
     if !dtype.is_merge_float() {
         let method = base
             .config()

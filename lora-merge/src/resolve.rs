@@ -5,8 +5,9 @@
 //! module resolves to its exact name if the base has it, else to the parameters with which it
 //! shares the longest dotted suffix, provided that what differs before it is a wrapper:
 //!
-//! - the base adds a prefix (`bert.` before `encoder.layer.0…`), or
-//! - the adapter has one that the base lacks, the same for every module that needs it, or
+//! - the base has a prefix that the adapter lacks (`bert.` before `encoder.layer.0…`), or the
+//!   adapter one that the base lacks, without a layer number in it and the same for every module of
+//!   the adapter, or
 //! - both differ only in the names of known wrappers (`language_model.model.` against
 //!   `model.language_model.`).
 //!
@@ -91,28 +92,31 @@ pub fn resolve(modules: &[&str], base: &Checkpoint) -> Resolution {
     resolution
 }
 
-/// A prefix that the base lacks and that is no known wrapper must stand before every module: one
-/// that stands before some of them only is another tower of the model (`vision_tower.`), not a
-/// wrapper.
+/// A prefix that only one side has and that is no known wrapper must stand before every module:
+/// one that stands before some of them is another tower of the model (`vision_tower.`).
 fn refuse_uneven_prefixes(modules: &[&str], base: &Checkpoint, resolution: &mut Resolution) {
-    let stripped = |rename: &(String, String)| rename.1.is_empty() && !is_wrapper(&rename.0);
     let found = resolution.locations.iter().flatten().count();
     let even = resolution.renames.values().all(|&modules| modules == found);
-    if even || !resolution.renames.keys().any(stripped) {
+    if even || resolution.renames.keys().all(is_wrapper_rename) {
         return;
     }
     let suffixes = SuffixIndex::new(base);
     for (module, location) in modules.iter().zip(&mut resolution.locations) {
         let Some(found) = *location else { continue };
         let stem = stem(base, found);
-        let foreign = module.strip_suffix(stem).and_then(|prefix| prefix.strip_suffix('.'));
-        if foreign.is_some_and(|prefix| !is_wrapper(prefix)) {
+        let shared = shared_suffix(stem, module);
+        let rename = (prefix_before(module, shared), prefix_before(stem, shared));
+        if stem != *module && !is_wrapper_rename(&rename) {
             let compare = resolution.problems.len() < COMPARED;
             resolution.problems.push(unresolved(module, base, &suffixes, compare));
             *location = None;
         }
     }
-    resolution.renames.retain(|rename, _| !stripped(rename));
+    resolution.renames.retain(|rename, _| is_wrapper_rename(rename));
+}
+
+fn is_wrapper_rename(rename: &(String, String)) -> bool {
+    is_wrapper(&rename.0) && is_wrapper(&rename.1)
 }
 
 fn refuse_collisions(modules: &[&str], base: &Checkpoint, resolution: &mut Resolution) {
@@ -141,6 +145,13 @@ fn unresolved(
     let last = module.rsplit('.').next().unwrap_or(module);
     if last == "lm_head" && base.tensors().any(|(_, info)| is_input_embedding(&info.name)) {
         return PlanProblem::Tied { module: module.to_owned() };
+    }
+    for suffix in [".qweight", ".weight_packed"] {
+        if let Some(location) = base.find(&format!("{module}{suffix}")) {
+            let info = base.info(location);
+            let (parameter, dtype) = (info.name.clone(), info.dtype);
+            return PlanProblem::Quantised { parameter, dtype, method: None };
+        }
     }
     let nearest = if compare { suffixes.nearest(module) } else { Vec::new() };
     PlanProblem::Unresolved { module: module.to_owned(), nearest }
@@ -202,16 +213,18 @@ impl<'a> SuffixIndex<'a> {
         while shared(end) == longest {
             end += 1;
         }
-        let prefix_of = |name: &str| name[..name.len() - longest].trim_end_matches('.').to_owned();
-        let ours = prefix_of(module);
+        let ours = prefix_before(module, longest);
+        // A one-part name such as `proj` ends too many names to mean one of them.
+        let specific = module[module.len() - longest..].contains('.');
         let candidates: Vec<(&(&str, Location), String)> = self.stems[first..end]
             .iter()
-            .map(|entry| (entry, prefix_of(entry.0)))
+            .map(|entry| (entry, prefix_before(entry.0, longest)))
             .filter(|(_, theirs)| {
                 let wrappers = is_wrapper(&ours) && is_wrapper(theirs);
-                // A one-part name such as `query` ends too many names to mean one of them.
-                let specific = module[module.len() - longest..].contains('.');
-                ours.is_empty() || wrappers || (theirs.is_empty() && specific)
+                // A numbered part belongs to a layer, not to a wrapper.
+                let one_sided = (ours.is_empty() && !has_number(theirs))
+                    || (theirs.is_empty() && !has_number(&ours));
+                wrappers || (one_sided && specific)
             })
             .collect();
         match candidates.as_slice() {
@@ -251,6 +264,15 @@ impl<'a> SuffixIndex<'a> {
             .map(|entry| format!("`{}{PARAMETER}`", entry.1))
             .collect()
     }
+}
+
+/// What stands before the last `suffix` bytes of a name, without the dot between.
+fn prefix_before(name: &str, suffix: usize) -> String {
+    name[..name.len() - suffix].trim_end_matches('.').to_owned()
+}
+
+fn has_number(prefix: &str) -> bool {
+    prefix.split('.').any(|part| !part.is_empty() && part.bytes().all(|b| b.is_ascii_digit()))
 }
 
 fn compare_reversed(a: &str, b: &str) -> Ordering {

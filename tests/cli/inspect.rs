@@ -123,6 +123,14 @@ fn what_is_neither_is_said_to_be_neither() {
         scratch.cli(&["inspect", "model.gguf"]).refused(scratch.root()),
         "error: model.gguf: a .gguf file: only safetensors files are read yet\n"
     );
-    let text = cli(scratch.root(), &["inspect", &peft("unsupported/dora")]).refused(&fixtures());
-    assert!(text.contains("`use_dora`: true: DoRA rescales"), "{text}");
+}
+
+/// What cannot be merged can still be looked at, and is said to be unmergeable.
+#[test]
+fn an_adapter_that_is_not_implemented_is_listed() {
+    let scratch = Scratch::new();
+    let ran = cli(scratch.root(), &["inspect", &peft("unsupported/dora")]);
+    assert_eq!(ran.code, Some(0), "{}", ran.stderr);
+    assert!(ran.stdout.contains("lora_magnitude_vector"), "{}", ran.stdout);
+    assert!(ran.stdout.contains("`use_dora`: true: DoRA rescales"), "{}", ran.stdout);
 }

@@ -1,6 +1,10 @@
 //! Malformed input: each file gives one message, word for word.
 
-use lora_format::checkpoint::Checkpoint;
+use std::path::Path;
+
+use lora_format::Dtype;
+use lora_format::checkpoint::{Checkpoint, INDEX_FILE};
+use lora_format::container::safetensors::{Declared, Header, encode_header};
 use lora_format::model::Note;
 use lora_tests::fixture;
 
@@ -53,6 +57,102 @@ fn notes() {
         notes(open("tensor-stale-duplicate").notes()),
         ["`a` in model-00002-of-00002.safetensors is dropped: the index places it in \
              model-00001-of-00002.safetensors"]
+    );
+}
+
+/// A safetensors file of 1-byte tensors of these names.
+fn write_tensors(path: &Path, names: &[&str]) {
+    let declared =
+        names.iter().map(|name| Declared { name, dtype: Dtype::U8, shape: &[1], bytes: 1 });
+    let mut bytes = encode_header(&[], declared);
+    bytes.resize(bytes.len() + names.len(), 0);
+    std::fs::write(path, bytes).unwrap();
+}
+
+fn open_error(path: &Path) -> String {
+    let error = Checkpoint::open(path).unwrap_err().to_string();
+    error.replace(&path.display().to_string(), "@")
+}
+
+/// Of two copies that the index does not name, none is chosen.
+#[test]
+fn two_unlisted_copies_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    write_tensors(&folder.path().join("1.safetensors"), &["a", "c"]);
+    write_tensors(&folder.path().join("2.safetensors"), &["b", "c"]);
+    let index = folder.path().join(INDEX_FILE);
+    let write = |text: &str| std::fs::write(&index, text).unwrap();
+    write(r#"{"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}"#);
+    assert_eq!(
+        open_error(folder.path()),
+        "@/model.safetensors.index.json: the tensor `c` is in both 1.safetensors and \
+         2.safetensors, and the index does not say which is meant"
+    );
+    write(r#"{"weight_map": {"a": "1.safetensors", "b": "2.safetensors", "c": "2.safetensors"}}"#);
+    let opened = Checkpoint::open(folder.path()).unwrap();
+    assert_eq!((opened.len(), &opened.shards()[0].stale[..]), (3, &[1][..]));
+}
+
+/// A directory with one file is a model, unless its name says that there are more.
+#[test]
+fn one_shard_of_several_is_no_model() {
+    let open = |name: &str| {
+        let folder = tempfile::tempdir().unwrap();
+        write_tensors(&folder.path().join(name), &["a"]);
+        match Checkpoint::open(folder.path()) {
+            Ok(_) => OK.to_owned(),
+            Err(_) => open_error(folder.path()),
+        }
+    };
+    for name in [
+        "model-00001-of-00001.safetensors",
+        "weights.safetensors",
+        "best-of-10.safetensors",
+        "a-of-b.safetensors",
+    ] {
+        assert_eq!(open(name), OK, "{name}");
+    }
+    assert_eq!(
+        open("model-00001-of-00002.safetensors"),
+        "@: the directory holds only model-00001-of-00002.safetensors, one shard of several, and \
+         no model.safetensors.index.json: the model is incomplete"
+    );
+}
+
+/// F6: what is over a limit is counted, not kept.
+#[test]
+fn limits() {
+    let parse = |text: &str| Header::parse(text.as_bytes(), 0).unwrap_err().to_string();
+    let tensor = r#"{"dtype":"U8","shape":[0],"data_offsets":[0,0]}"#;
+
+    let shape = format!("[{}0]", "0,".repeat(1_000_000));
+    let text = format!(r#"{{"t":{{"dtype":"U8","shape":{shape},"data_offsets":[0,0]}}}}"#);
+    assert_eq!(parse(&text), "1000001 dimensions of a tensor, the limit is 16");
+    let most =
+        r#"{"t":{"dtype":"U8","shape":[0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0],"data_offsets":[0,0]}}"#;
+    assert_eq!(Header::parse(most.as_bytes(), 0).unwrap().tensors[0].shape.len(), 16);
+
+    let name = |bytes: usize| format!(r#"{{"{}":{tensor}}}"#, "n".repeat(bytes));
+    assert_eq!(parse(&name(16_385)), "16385 bytes in a tensor name, the limit is 16384");
+    assert!(Header::parse(name(16_384).as_bytes(), 0).is_ok());
+
+    let entries = |count: usize, value: &str| {
+        let entries: Vec<String> =
+            (0..count).map(|index| format!(r#""{index}":{value}"#)).collect();
+        format!("{{{}}}", entries.join(","))
+    };
+    let metadata = |count| format!(r#"{{"__metadata__":{}}}"#, entries(count, "\"\""));
+    assert_eq!(parse(&metadata(100_001)), "100001 metadata entries, the limit is 100000");
+    assert!(Header::parse(metadata(100_000).as_bytes(), 0).is_ok());
+
+    assert_eq!(parse(&entries(1_000_002, tensor)), "1000002 tensors, the limit is 1000000");
+
+    let folder = tempfile::tempdir().unwrap();
+    let index = format!(r#"{{"weight_map":{}}}"#, entries(1_000_001, "\"1.safetensors\""));
+    std::fs::write(folder.path().join(INDEX_FILE), index).unwrap();
+    assert_eq!(
+        open_error(folder.path()),
+        "@/model.safetensors.index.json: the index names 1000001 tensors, the limit is 1000000"
     );
 }
 

@@ -213,6 +213,25 @@ fn a_fingerprint_knows_its_base() {
     assert_eq!(verdict(&trained), Verdict::Different { equal: 47, compared: 48, first });
 }
 
+/// F17: no more targets than are ever sampled.
+#[test]
+fn a_fingerprint_of_too_many_targets_is_refused() {
+    let mut adapter = read(&fixture("native/fingerprint.safetensors")).unwrap();
+    let targets = &mut adapter.base.fingerprint.as_mut().unwrap().targets;
+    let scratch = tempfile::tempdir().unwrap();
+    let path = scratch.path().join("a.safetensors");
+    targets.resize(64, targets[0].clone());
+    write(&adapter, &path);
+    read(&path).unwrap();
+    let targets = &mut adapter.base.fingerprint.as_mut().unwrap().targets;
+    targets.push(targets[0].clone());
+    let path = scratch.path().join("b.safetensors");
+    write(&adapter, &path);
+    let message = read(&path).unwrap_err().to_string();
+    let expected = "`base.fingerprint.targets` must be at most 64 targets, found 65";
+    assert!(message.ends_with(expected), "{message}");
+}
+
 fn component(
     module: String,
     factors: [(Dtype, Vec<usize>, Vec<u8>); 2],

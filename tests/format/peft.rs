@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 use lora_format::codec::peft::{CONFIG_FILE, MODEL_FILE, write_directory};
 use lora_format::container::safetensors::SafetensorsFile;
 use lora_format::io::atomic::{Durability, Overwrite};
-use lora_format::model::{AdapterFormat, Form};
+use lora_format::model::{AdapterFormat, Component, Form, Scaling, ScalingRule};
 use lora_format::native;
+use lora_format::{Adapter, ReadOptions};
 use lora_tests::fixture;
 use serde_json::Value;
 
@@ -126,6 +127,170 @@ fn round_trip_through_the_native_format() {
         let mut expected = metadata(original);
         expected.insert("format".into(), "pt".into());
         assert_eq!(metadata(&back), expected);
+    }
+}
+
+/// Rewrites `adapter` as PEFT, and returns what is read from there, with its configuration.
+fn through_peft(adapter: &Adapter) -> (Adapter, Value) {
+    let scratch = tempfile::tempdir().unwrap();
+    let folder = scratch.path().join("adapter");
+    write_directory(adapter, &folder, Overwrite::Never, Durability::Cached).unwrap();
+    (read(&folder).unwrap(), json(&folder.join(CONFIG_FILE)))
+}
+
+fn scales(adapter: &Adapter) -> Vec<(String, usize, u64)> {
+    let scale = |component: &Component| {
+        let Form::LowRank(factors) = &component.form else { panic!("{component:?}") };
+        (component.target.module.clone(), factors.rank(), factors.scale().to_bits())
+    };
+    adapter.components.iter().map(scale).collect()
+}
+
+/// F15: where the configuration that came along says otherwise than the file, the file holds.
+#[test]
+fn a_source_that_disagrees_is_corrected() {
+    let original = read(&fixture("real/minilm-l6-r4")).unwrap();
+    let config = original.source.clone().unwrap().config;
+
+    let mut scaled = original.clone();
+    for (index, component) in scaled.components.iter_mut().enumerate() {
+        let Form::LowRank(factors) = &mut component.form else { panic!() };
+        // Divided by 4 these are exact, so PEFT can say them.
+        let (alpha, rule) = [
+            (32.0, ScalingRule::AlphaOverRank),
+            (0.5, ScalingRule::Direct),
+            (16.0, ScalingRule::AlphaOverSqrtRank),
+        ][index % 3];
+        factors.scaling = Scaling { alpha, rule };
+    }
+    let (again, found) = through_peft(&scaled);
+    assert_eq!(scales(&again), scales(&scaled));
+    assert_eq!(found["target_modules"], config["target_modules"]);
+    assert_eq!(found["lora_dropout"], config["lora_dropout"]);
+    assert_eq!(again.base, original.base);
+
+    let mut other = original.clone();
+    other.base.name = Some("elsewhere".into());
+    other.base.revision = Some("abc".into());
+    other.fan_in_fan_out = Some(true);
+    let (again, found) = through_peft(&other);
+    assert_eq!((again.base, again.fan_in_fan_out), (other.base, Some(true)));
+    assert_eq!(found["lora_alpha"], config["lora_alpha"]);
+
+    let mut foreign = original.clone();
+    let fields = &mut foreign.source.as_mut().unwrap().config;
+    for (field, value) in [
+        ("use_dora", Value::from(true)),
+        ("layer_replication", serde_json::json!([[0, 2], [1, 2]])),
+        ("lora_alpha", Value::from("many")),
+        ("peft_type", Value::from("VERA")),
+    ] {
+        fields.insert(field.into(), value);
+    }
+    let (again, found) = through_peft(&foreign);
+    assert_eq!(scales(&again), scales(&original));
+    assert_eq!((&found["use_dora"], &found["peft_type"]), (&false.into(), &"LORA".into()));
+}
+
+/// A pattern that is made of a module's name matches that module alone, whatever the name holds.
+#[test]
+fn odd_module_names_keep_their_scales() {
+    let mut adapter = read(&fixture("real/minilm-l6-r4")).unwrap();
+    adapter.source = None;
+    let template = adapter.components[0].clone();
+    let names =
+        ["a+b", "a.b", "axb", "x.a.b", "(a|b)", "[ab]", "a{2}", r"a\b", "^a$", "a*?", "a<b>"];
+    adapter.components = names
+        .iter()
+        .map(|name| name.to_string())
+        // More modules of their own than there may be true regular expressions.
+        .chain((0..400).map(|index| format!("m.{index}")))
+        .enumerate()
+        .map(|(index, name)| {
+            let mut component = template.clone();
+            component.target.module = name;
+            let Form::LowRank(factors) = &mut component.form else { panic!() };
+            factors.scaling.alpha = 1.0 + index as f64;
+            component
+        })
+        .collect();
+    adapter.components.sort_by(|x, y| x.target.cmp(&y.target));
+    let (again, _) = through_peft(&adapter);
+    assert_eq!(scales(&again), scales(&adapter));
+}
+
+/// What the user says of an adapter is refused where the adapter leaves nothing to say.
+#[test]
+fn options_that_mean_nothing_are_refused() {
+    let path = fixture("native/plain.safetensors");
+    let refused = |options: ReadOptions| {
+        let message = lora_format::read(&path, &options).unwrap_err().to_string();
+        message.replace(&format!("{}: ", path.display()), "")
+    };
+    assert_eq!(
+        refused(ReadOptions { alpha: Some(8.0), ..ReadOptions::default() }),
+        "no alpha can be given for it: the file records its own"
+    );
+    let ignored = ReadOptions { ignore_fields: vec!["x".into()], ..ReadOptions::default() };
+    assert_eq!(
+        refused(ignored),
+        "no field to ignore can be given for it: a file of this format has no unknown fields to \
+         pass over"
+    );
+}
+
+/// A field that is known to change the result is not passed over on anyone's word.
+#[test]
+fn only_unknown_fields_are_ignored() {
+    let ignoring = |path: PathBuf, field: &str| {
+        let ignore_fields = vec![field.to_owned()];
+        lora_format::read(&path, &ReadOptions { ignore_fields, ..ReadOptions::default() })
+    };
+    let adapter = ignoring(fixture("bad/adapter/config-key-unknown"), "use_mystery").unwrap();
+    assert_eq!(adapter.source.unwrap().config["use_mystery"], true);
+    for (case, field) in [
+        ("alora", "alora_invocation_tokens"),
+        ("bias-all", "bias"),
+        ("dora", "use_dora"),
+        ("layer-replication", "layer_replication"),
+        ("pissa", "init_lora_weights"),
+        ("modules-to-save", "modules_to_save"),
+    ] {
+        let error = ignoring(fixture("peft/unsupported").join(case), field).unwrap_err();
+        assert!(error.to_string().contains(&format!("`{field}`")), "{error}");
+    }
+}
+
+/// An alpha that the configuration lacks completes it; the rest of it is kept.
+#[test]
+fn a_given_alpha_completes_the_configuration() {
+    let folder = fixture("bad/adapter/config-missing-lora-alpha");
+    let options = ReadOptions { alpha: Some(3.0), ..ReadOptions::default() };
+    let adapter = lora_format::read(&folder, &options).unwrap();
+    let mut expected = json(&folder.join(CONFIG_FILE));
+    expected["lora_alpha"] = 3.0.into();
+    let (again, found) = through_peft(&adapter);
+    assert_eq!(found, expected);
+    assert_eq!(scales(&again), scales(&adapter));
+}
+
+/// A file that is written to while an adapter is held is noticed.
+#[test]
+fn a_changed_adapter_is_noticed() {
+    let scratch = tempfile::tempdir().unwrap();
+    let native_file = scratch.path().join("a.safetensors");
+    std::fs::copy(fixture("native/plain.safetensors"), &native_file).unwrap();
+    let folder = scratch.path().join("peft");
+    let original = read(&native_file).unwrap();
+    write_directory(&original, &folder, Overwrite::Never, Durability::Cached).unwrap();
+    for (path, file) in [(&native_file, &native_file), (&folder, &folder.join(MODEL_FILE))] {
+        let held = read(path).unwrap();
+        held.ensure_unchanged().unwrap();
+        let opened = std::fs::File::options().append(true).open(file).unwrap();
+        opened.set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
+        let message = held.clone().ensure_unchanged().unwrap_err().to_string();
+        assert!(message.contains("was changed while it was being read"), "{message}");
+        read(path).unwrap().ensure_unchanged().unwrap();
     }
 }
 

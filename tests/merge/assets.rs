@@ -191,7 +191,8 @@ fn the_adapters_tokenizer_and_template_win() {
         let text = |name: &str| std::fs::read_to_string(&planned.files[name]).unwrap();
         assert_eq!(text("tokenizer.json"), expected, "{source:?}");
         assert_eq!(text(JINJA), expected, "{source:?}");
-        assert_eq!(text("vocab.json"), "base", "{source:?}");
+        // Beside the adapter's vocabulary, a part of the base's would be read too.
+        assert_eq!(planned.files.contains_key("vocab.json"), expected == "base", "{source:?}");
         assert!(!planned.files.contains_key("README.md"));
         let said: &[&str] = if expected == "base" { &[] } else { &[JINJA, "tokenizer.json"] };
         assert_eq!(planned.from_adapter, said, "{source:?}");

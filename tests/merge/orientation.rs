@@ -84,12 +84,35 @@ fn the_model_type_decides_without_siblings() {
     }
 }
 
+/// What the user says decides over the model type and the adapter's flag, and never against what
+/// siblings show.
 #[test]
-fn the_user_overrides_everything() {
-    let config = json!({"model_type": "gpt2"});
-    let case = case(&sibling(InOut, 0), &config, Some(true), &[]);
-    assert_eq!(decided(&case, Some(false)), OutIn);
-    assert_eq!(decided(&case, Some(true)), InOut);
+fn the_user_decides_what_siblings_leave_open() {
+    let gpt2 = json!({"model_type": "gpt2"});
+    let open = case(&[], &gpt2, Some(true), &[]);
+    assert_eq!(decided(&open, Some(false)), OutIn);
+    assert_eq!(decided(&open, Some(true)), InOut);
+    // A sibling against the model type: the user's word for the sibling settles it.
+    let torn = case(&sibling(InOut, 0), &json!({"model_type": "llama"}), None, &[]);
+    assert_eq!(decided(&torn, Some(true)), InOut);
+    for case in [torn, case(&sibling(InOut, 0), &gpt2, Some(true), &[])] {
+        let options = MergeOptions { fan_in_fan_out: Some(false), ..MergeOptions::default() };
+        assert!(
+            case.refusal(&options).contains("its sibling `h.0.attn.c_attn.weight` means in×out")
+        );
+    }
+}
+
+/// An encoder beside a decoder: the type of the whole says nothing of either.
+#[test]
+fn a_composite_model_type_is_no_evidence() {
+    let config = json!({
+        "model_type": "vision-encoder-decoder",
+        "encoder": {"model_type": "vit"},
+        "decoder": {"model_type": "gpt2"},
+    });
+    assert_eq!(decided(&case(&sibling(InOut, 0), &config, None, &[]), None), InOut);
+    assert_eq!(decided(&case(&sibling(OutIn, 0), &config, None, &[]), None), OutIn);
 }
 
 /// PEFT keeps one flag for an adapter of Conv1D and Linear layers: where the shapes refute it,
@@ -127,11 +150,11 @@ fn contradictions_are_errors_that_show_the_evidence() {
     // The flag contradicts the sibling, or the model type.
     assert_eq!(
         refusal(case(&sibling(InOut, 0), &json!({}), Some(false), &[])),
-        "its sibling `h.0.attn.c_attn.weight` means in×out, the adapter's fan_in_fan_out means \
+        "its sibling `h.0.attn.c_attn.weight` means in×out, fan_in_fan_out means \
          out×in"
     );
     assert_eq!(
         refusal(case(&[], &json!({"model_type": "gpt2"}), Some(false), &[])),
-        "model_type gpt2 means in×out, the adapter's fan_in_fan_out means out×in"
+        "model_type gpt2 means in×out, fan_in_fan_out means out×in"
     );
 }

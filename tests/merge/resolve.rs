@@ -74,10 +74,28 @@ fn an_exact_name_wins_over_a_suffix() {
 #[test]
 fn the_plan_counts_the_renamed_modules() {
     let names = ["bert.a.0.q", "bert.a.1.q", "cls.dense"];
-    let case = Case::file(&base(&names), &adapter(&["a.0.q", "a.1.q", "cls.dense"]));
+    let case = Case::file(&base(&names), &adapter(&["a.0.q", "a.1.q"]));
     let plan = case.plan(&MergeOptions::default()).unwrap();
     let renames: Vec<_> = plan.renames.into_iter().collect();
     assert_eq!(renames, [((String::new(), "bert".to_owned()), 2)]);
+}
+
+/// A prefix that is no known wrapper stands before every module or before none, whichever side has
+/// it: otherwise it is a tower of the model.
+#[test]
+fn a_prefix_of_some_modules_is_not_a_wrapper() {
+    for (names, modules) in [
+        (&["bert.a.0.q", "cls.dense"][..], &["a.0.q", "cls.dense"][..]),
+        (&["vision.layers.0.q", "lang.layers.1.q"], &["layers.0.q", "layers.1.q"]),
+        // One part is too little to mean this one.
+        (&["visual.patch.proj"], &["proj"]),
+        // A layer number is not part of a wrapper.
+        (&["mlp.fc1"], &["encoder.layers.5.mlp.fc1"]),
+        (&["encoder.layers.5.mlp.fc1"], &["mlp.fc1"]),
+    ] {
+        let text = refusal(names, modules);
+        assert!(text.contains("the base has no such parameter"), "{text}");
+    }
 }
 
 #[test]

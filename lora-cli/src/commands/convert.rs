@@ -113,9 +113,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
             (&arguments.output, AdapterFormat::Peft)
         }
     };
-    for note in &notes {
-        printer::talk(&format!("note: {note}"));
-    }
+    printer::notes(&notes);
     if !not_carried.is_empty() {
         printer::talk(&format!("note: not carried along: {}", not_carried.join(", ")));
     }

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use lora_format::checkpoint::{Checkpoint, Layout};
+use lora_format::codec::peft;
 use lora_format::container::safetensors::SafetensorsFile;
 use lora_format::model::{Adapter, AdapterFormat, Form};
 use lora_format::native::{self, DigestVerdict};
@@ -44,7 +45,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
             problem: DetectProblem::NotAnAdapter { .. } | DetectProblem::NoAdapter,
             ..
         }) => match Checkpoint::open(&arguments.path) {
-            Ok(model) => inspect_model(arguments, &model),
+            Ok(model) => inspect_model(arguments, &model, None),
             Err(Error::Unrecognised { path, problem: DetectProblem::NoModel }) => {
                 let message = format!(
                     "{}: neither an adapter (adapter_model.safetensors) nor a model \
@@ -57,6 +58,15 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
             }
             Err(error) => Err(error.into()),
         },
+        // What cannot be merged yet can still be looked at.
+        Err(error @ (Error::Unsupported { .. } | Error::AlphaUnknown { .. })) => {
+            let inside = arguments.path.join(peft::MODEL_FILE);
+            let path = if inside.exists() { &inside } else { &arguments.path };
+            match Checkpoint::open(path) {
+                Ok(tensors) => inspect_model(arguments, &tensors, Some(&error)),
+                Err(_) => Err(error.into()),
+            }
+        }
         Err(error) => Err(error.into()),
     }
 }
@@ -266,7 +276,12 @@ struct TensorReport<'a> {
     shard: &'a str,
 }
 
-fn inspect_model(arguments: &Arguments, model: &Checkpoint) -> Result<Outcome, Failure> {
+/// Lists the tensors of a model, or of an adapter that is not understood for the reason given.
+fn inspect_model(
+    arguments: &Arguments,
+    model: &Checkpoint,
+    reason: Option<&Error>,
+) -> Result<Outcome, Failure> {
     if arguments.verify {
         let message = format!("{}: a model records no digest to verify", model.path().display());
         return Err(Failure::new(message, None));
@@ -283,6 +298,7 @@ fn inspect_model(arguments: &Arguments, model: &Checkpoint) -> Result<Outcome, F
         schema: "lora-cli/inspect-model/1",
         path: model.path().display().to_string(),
         layout: match model.layout() {
+            _ if reason.is_some() => "adapter",
             Layout::File => "file",
             Layout::Directory => "directory",
             Layout::Sharded => "sharded",
@@ -307,7 +323,12 @@ fn inspect_model(arguments: &Arguments, model: &Checkpoint) -> Result<Outcome, F
                     .collect(),
             })
             .collect(),
-        notes: model.notes().iter().map(ToString::to_string).collect(),
+        notes: model
+            .notes()
+            .iter()
+            .map(ToString::to_string)
+            .chain(reason.map(|reason| format!("an adapter that cannot be merged: {reason}")))
+            .collect(),
         tensors: model
             .tensors()
             .map(|(location, info)| TensorReport {
@@ -327,7 +348,8 @@ fn inspect_model(arguments: &Arguments, model: &Checkpoint) -> Result<Outcome, F
 }
 
 fn model_text(report: &ModelReport<'_>) -> String {
-    let mut text = format!("{}: model", report.path);
+    let kind = if report.layout == "adapter" { "adapter" } else { "model" };
+    let mut text = format!("{}: {kind}", report.path);
     if let Some(model_type) = report.model_type {
         text.push_str(&format!(", {model_type}"));
     }

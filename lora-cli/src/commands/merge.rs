@@ -158,7 +158,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
         durability: arguments.write.durability(),
     };
     let run = arguments.run_options()?;
-    output::check_destination(&plan, &output)?;
+    output::check_destination(&plan, &assets, &output)?;
     announce(arguments, &plan, &assets);
     if arguments.dry_run {
         return dry_run(arguments, &plan, &assets, &output, &run);
@@ -253,9 +253,7 @@ fn model_name(directory: &Path) -> String {
 
 /// What the user should know before anything is written. Warnings are said even when quiet.
 fn announce(arguments: &Arguments, plan: &MergePlan, assets: &Assets) {
-    for note in &plan.notes {
-        printer::talk(&format!("note: {note}"));
-    }
+    printer::notes(&plan.notes);
     match &plan.identity {
         Verdict::Unknown => {
             if let Some(warning) = name_warning(plan) {

@@ -51,9 +51,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
     let mut adapter =
         lora_format::read(&arguments.adapter, &arguments.adapter_options.read_options())?;
     let base = Checkpoint::open(&arguments.base)?;
-    for note in adapter.notes.iter().chain(base.notes()) {
-        printer::talk(&format!("note: {note}"));
-    }
+    printer::notes(adapter.notes.iter().chain(base.notes()));
     refuse_input(&arguments.output, &arguments.base)?;
     // A file of our own format may be stamped in place: nothing of it is lost.
     if adapter.format != AdapterFormat::Native {

@@ -17,7 +17,8 @@ use crate::native;
 pub struct ReadOptions {
     /// Alpha, for an adapter whose configuration was lost.
     pub alpha: Option<f64>,
-    /// Configuration fields that may be ignored though they are unknown.
+    /// Configuration fields that may be ignored though they are unknown. A field that is known to
+    /// change the result is refused all the same.
     pub ignore_fields: Vec<String>,
 }
 
@@ -35,7 +36,9 @@ pub fn read(path: &Path, options: &ReadOptions) -> Result<Adapter> {
     }
     let file = open_safetensors(path)?;
     if native::is_native(file.header()) {
-        return native::read(&file);
+        let adapter = native::read(&file)?;
+        refuse_options(path, options)?;
+        return Ok(adapter);
     }
     if peft::is_peft(file.header()) {
         let config = peft::config_beside(path);
@@ -46,6 +49,18 @@ pub fn read(path: &Path, options: &ReadOptions) -> Result<Adapter> {
         tensors: tensors.len(),
         first: tensors.first().map(|tensor| tensor.name.clone()),
     }))
+}
+
+/// Our own format leaves nothing open that the user could say.
+fn refuse_options(path: &Path, options: &ReadOptions) -> Result<()> {
+    let (option, reason) = if options.alpha.is_some() {
+        ("alpha", "the file records its own")
+    } else if !options.ignore_fields.is_empty() {
+        ("field to ignore", "a file of this format has no unknown fields to pass over")
+    } else {
+        return Ok(());
+    };
+    Err(Error::Meaningless { path: path.to_owned(), option, reason })
 }
 
 /// Opens a safetensors file, and says of a file that is plainly something else what it is.

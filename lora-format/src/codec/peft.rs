@@ -23,7 +23,7 @@ use crate::limits;
 use crate::model::{
     Adapter, AdapterFormat, Component, Form, LowRank, Note, Scaling, ScalingRule, SourceConfig,
 };
-use crate::pattern::PatternTable;
+use crate::pattern::{self, PatternTable};
 use crate::tensor;
 
 /// The file names PEFT writes.
@@ -98,10 +98,8 @@ pub(super) fn read_file(
         Some(config) => json::read_object(config, limits::CONFIG_BYTES)?,
         None => Map::new(),
     };
-    let source =
-        config.map(|_| SourceConfig { format: AdapterFormat::Peft, config: fields.clone() });
     if let Some(alpha) = options.alpha {
-        if let Some(recorded) = fields.get("lora_alpha") {
+        if let Some(recorded) = fields.get("lora_alpha").filter(|value| !value.is_null()) {
             let expected = "absent when an alpha is given by hand";
             return Err(Error::config(config.unwrap_or(path), "lora_alpha", expected, recorded));
         }
@@ -110,25 +108,23 @@ pub(super) fn read_file(
     } else if config.is_none() {
         return Err(Error::AlphaUnknown { path: path.to_owned() });
     }
+    // With the alpha that the user gave: a configuration to write back must have one.
+    let source =
+        config.map(|_| SourceConfig { format: AdapterFormat::Peft, config: fields.clone() });
     if config.is_none() {
         fields.insert("peft_type".to_owned(), json!("LORA"));
     }
     let config_path = config.unwrap_or(path);
     check_fields(config_path, &fields, options, &mut notes)?;
     let components = read_components(file, config_path, &fields, &mut notes)?;
-    let text = |field: &str| fields.get(field).and_then(Value::as_str).map(str::to_owned);
     Ok(Adapter {
         path: path.to_owned(),
         format: AdapterFormat::Peft,
         components,
-        base: BaseIdentity {
-            name: text("base_model_name_or_path").filter(|name| !name.is_empty()),
-            revision: text("revision"),
-            fingerprint: None,
-        },
+        base: recorded_base(&fields),
         fan_in_fan_out: fields.get("fan_in_fan_out").and_then(Value::as_bool),
         metadata: file.header().metadata.iter().filter(|e| e.0 != "format").cloned().collect(),
-        source: source.filter(|_| options.alpha.is_none()),
+        source,
         extensions: Map::new(),
         notes,
     })
@@ -309,7 +305,7 @@ const PASSIVE: [&str; 27] = [
 ];
 
 /// Values of `init_lora_weights` that leave the base alone.
-const HARMLESS_INITS: [&str; 5] = ["gaussian", "orthogonal", "eva", "mica", "default"];
+const HARMLESS_INITS: [&str; 4] = ["gaussian", "orthogonal", "eva", "mica"];
 
 /// Refuses every field that changes the merged weight in a way that is not implemented.
 fn check_fields(
@@ -334,7 +330,7 @@ fn check_fields(
                 continue;
             }
             if let Some(reason) = explain_field(field, value) {
-                if options.ignore_fields.contains(field) {
+                if reason == UNKNOWN_FIELD && options.ignore_fields.contains(field) {
                     notes.push(Note::IgnoredField { field: field.clone() });
                 } else {
                     let feature = format!("`{field}`: {}", json::brief(value));
@@ -363,6 +359,9 @@ fn is_empty(value: &Value) -> bool {
         _ => false,
     }
 }
+
+/// Why an unknown field is refused; the only ones that a user may have passed over.
+const UNKNOWN_FIELD: &str = "this field is unknown here and may change the result";
 
 /// Why `field` cannot be passed over, or `None` if its value means nothing.
 fn explain_field(field: &str, value: &Value) -> Option<&'static str> {
@@ -408,7 +407,7 @@ fn explain_field(field: &str, value: &Value) -> Option<&'static str> {
         }
         "megatron_config" => "factors split across a Megatron group: not implemented yet",
         "ensure_weight_tying" => "tied targets: not implemented yet",
-        _ => "this field is unknown here and may change the result",
+        _ => UNKNOWN_FIELD,
     })
 }
 
@@ -480,7 +479,8 @@ pub(crate) fn format_named(path: &Path, name: &str) -> Result<AdapterFormat> {
 }
 
 /// Writes an adapter as a new PEFT directory. The factors keep their bits; the configuration is
-/// the one the adapter came with, or one that says the same.
+/// the one the adapter came with, corrected where the adapter says otherwise, or one that says the
+/// same.
 ///
 /// # Errors
 /// [`Error::OutputExists`] (a directory is never replaced), [`Error::Io`],
@@ -491,10 +491,7 @@ pub fn write_directory(
     overwrite: Overwrite,
     durability: Durability,
 ) -> Result<()> {
-    let config = match &adapter.source {
-        Some(source) if source.format == AdapterFormat::Peft => source.config.clone(),
-        _ => describe(adapter)?,
-    };
+    let config = configuration(adapter)?;
     let mut text = serde_json::to_string_pretty(&config)
         .map_err(|source| Error::Json { path: destination.to_owned(), source })?;
     text.push('\n');
@@ -527,6 +524,75 @@ pub fn write_directory(
     staging.commit(durability)
 }
 
+/// The configuration that the adapter came with, corrected wherever it would have PEFT compute
+/// another delta or name another base than the adapter does.
+fn configuration(adapter: &Adapter) -> Result<Map<String, Value>> {
+    let mut described = describe(adapter)?;
+    let source = match &adapter.source {
+        Some(source) if source.format == AdapterFormat::Peft => &source.config,
+        _ => return Ok(described),
+    };
+    let mut config = source.clone();
+    let mut wrong: Vec<&str> = Vec::new();
+    if !gives_the_scales(&adapter.path, source, adapter) {
+        wrong.extend(["r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"]);
+    }
+    let base = recorded_base(source);
+    if base.name != adapter.base.name {
+        wrong.push("base_model_name_or_path");
+    }
+    if base.revision != adapter.base.revision {
+        wrong.push("revision");
+    }
+    if source.get("fan_in_fan_out").and_then(Value::as_bool) != adapter.fan_in_fan_out {
+        wrong.push("fan_in_fan_out");
+    }
+    if source.get("peft_type").and_then(Value::as_str) != Some("LORA") {
+        wrong.push("peft_type");
+    }
+    // The adapter is plain LoRA, so a field that makes PEFT read it as anything else is wrong. An
+    // unknown field was read on the user's word, and stays.
+    let changes = |(field, value): &(&String, &Value)| {
+        let passive = PASSIVE.contains(&field.as_str()) && !is_active_method(field, value);
+        !passive && explain_field(field, value).is_some_and(|reason| reason != UNKNOWN_FIELD)
+    };
+    wrong.extend(source.iter().filter(changes).map(|(field, _)| field.as_str()));
+    for field in wrong {
+        match described.remove(field) {
+            Some(value) => drop(config.insert(field.to_owned(), value)),
+            None => drop(config.shift_remove(field)),
+        }
+    }
+    Ok(config)
+}
+
+/// Whether PEFT computes the adapter's ranks and scales from `config`, to the last bit.
+fn gives_the_scales(path: &Path, config: &Map<String, Value>, adapter: &Adapter) -> bool {
+    /// PEFT's rank where the configuration gives none.
+    const DEFAULT_RANK: usize = 8;
+    let Ok(mut table) = ScalingTable::new(path, config) else {
+        return false;
+    };
+    adapter.components.iter().all(|component| {
+        let Form::LowRank(low_rank) = &component.form;
+        let rank = low_rank.rank();
+        table.of(&component.target.module).is_ok_and(|configured| {
+            configured.rank.unwrap_or(DEFAULT_RANK) == rank
+                && configured.scaling.scale(rank).to_bits() == low_rank.scale().to_bits()
+        })
+    })
+}
+
+/// What a configuration says of the base.
+fn recorded_base(fields: &Map<String, Value>) -> BaseIdentity {
+    let text = |field: &str| fields.get(field).and_then(Value::as_str).map(str::to_owned);
+    BaseIdentity {
+        name: text("base_model_name_or_path").filter(|name| !name.is_empty()),
+        revision: text("revision"),
+        fingerprint: None,
+    }
+}
+
 /// A configuration for an adapter that did not come from PEFT.
 fn describe(adapter: &Adapter) -> Result<Map<String, Value>> {
     let factors: Vec<(&Component, &LowRank)> = adapter
@@ -543,7 +609,7 @@ fn describe(adapter: &Adapter) -> Result<Map<String, Value>> {
     let alpha = |low_rank: &LowRank| match low_rank.scaling.rule {
         _ if rslora => low_rank.scaling.alpha,
         ScalingRule::AlphaOverRank => low_rank.scaling.alpha,
-        _ => low_rank.scale() * low_rank.rank() as f64,
+        _ => alpha_of_scale(low_rank.scale(), low_rank.rank()),
     };
     let rank = commonest(factors.iter().map(|(_, low_rank)| low_rank.rank() as u64));
     let default_alpha = commonest(factors.iter().map(|(_, low_rank)| alpha(low_rank).to_bits()));
@@ -558,11 +624,11 @@ fn describe(adapter: &Adapter) -> Result<Map<String, Value>> {
     let mut alpha_pattern = Map::new();
     for (component, low_rank) in &factors {
         // Anchored: the name of one module may be a dotted suffix of another's.
-        let key = format!("^{}", component.target.module.replace('.', r"\."));
+        let key = pattern::exactly(&component.target.module);
         if low_rank.rank() as u64 != rank {
             rank_pattern.insert(key.clone(), json!(low_rank.rank()));
         }
-        if alpha(low_rank) != default_alpha {
+        if alpha(low_rank).to_bits() != default_alpha.to_bits() {
             alpha_pattern.insert(key, json!(alpha(low_rank)));
         }
     }
@@ -587,6 +653,14 @@ fn describe(adapter: &Adapter) -> Result<Map<String, Value>> {
         "use_rslora": rslora,
     });
     json::object(&adapter.path, config)
+}
+
+/// The alpha whose quotient by the rank is `scale`; where no f64 is, the nearest to it.
+fn alpha_of_scale(scale: f64, rank: usize) -> f64 {
+    let rank = rank as f64;
+    let product = scale * rank;
+    let exact = |alpha: &f64| (alpha / rank).to_bits() == scale.to_bits();
+    [product, product.next_down(), product.next_up()].into_iter().find(exact).unwrap_or(product)
 }
 
 /// The commonest value; of equally common ones the smallest.

@@ -15,8 +15,10 @@ use std::fmt;
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::SystemTime;
 
-use serde::de::{self, Deserialize, Deserializer, MapAccess, Visitor};
+use serde::de::{self, Deserialize, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
 use crate::dtype::Dtype;
 use crate::error::{Error, HeaderProblem, IoContext, Result, Shape};
@@ -107,9 +109,10 @@ impl Header {
             return Err(HeaderProblem::DuplicateMetadata);
         }
         let metadata = check_metadata(raw.metadata)?;
-        within("tensors", raw.tensors.len(), limits::TENSORS)?;
-        let mut tensors = Vec::with_capacity(raw.tensors.len());
-        for (name, tensor) in raw.tensors {
+        let raw_tensors = raw.tensors.within("tensors", limits::TENSORS)?;
+        within("bytes in a tensor name", raw.longest_name, limits::NAME_BYTES)?;
+        let mut tensors = Vec::with_capacity(raw_tensors.len());
+        for (name, tensor) in raw_tensors {
             tensors.push(check_tensor(name, tensor, data_bytes)?);
         }
         tensors.sort_by(|a, b| (a.start, a.end, &a.name).cmp(&(b.start, b.end, &b.name)));
@@ -144,8 +147,8 @@ fn within(what: &'static str, found: usize, limit: usize) -> Result<(), HeaderPr
     Ok(())
 }
 
-fn check_metadata(metadata: Vec<(String, String)>) -> Result<Vec<(String, String)>, HeaderProblem> {
-    within("metadata entries", metadata.len(), limits::METADATA_ENTRIES)?;
+fn check_metadata(metadata: Bounded<(String, String)>) -> Result<StringPairs, HeaderProblem> {
+    let metadata = metadata.within("metadata entries", limits::METADATA_ENTRIES)?;
     let mut keys: Vec<&str> = metadata.iter().map(|entry| entry.0.as_str()).collect();
     keys.sort_unstable();
     if let Some(pair) = keys.windows(2).find(|pair| pair[0] == pair[1]) {
@@ -159,13 +162,11 @@ fn check_tensor(
     raw: RawTensor,
     data_bytes: u64,
 ) -> Result<TensorInfo, HeaderProblem> {
-    within("bytes in a tensor name", name.len(), limits::NAME_BYTES)?;
-    within("dimensions of a tensor", raw.shape.len(), limits::DIMENSIONS)?;
+    let shape = Shape(raw.shape.0.within("dimensions of a tensor", limits::DIMENSIONS)?);
     let (start, end) = raw.data_offsets;
     let Ok(dtype) = raw.dtype.parse::<Dtype>() else {
         return Err(HeaderProblem::UnknownDtype { tensor: name, dtype: raw.dtype });
     };
-    let shape = Shape(raw.shape);
     let Some(expected) = dtype.tensor_bytes(&shape.0) else {
         return Err(HeaderProblem::ShapeOverflow { tensor: name, shape });
     };
@@ -214,18 +215,62 @@ fn check_contiguous(tensors: &[TensorInfo], data_bytes: u64) -> Result<(), Heade
     Ok(())
 }
 
-/// A header as JSON says it, before any rule is checked; equal keys are all kept.
+/// What was found of something that has a limit: no more is kept than may be, the rest is counted.
+pub(crate) struct Bounded<T> {
+    kept: Vec<T>,
+    found: usize,
+}
+
+impl Bounded<(String, String)> {
+    /// The entries of an object of which at most `limit` may be.
+    pub(crate) fn entries<'de, A: MapAccess<'de>>(
+        mut access: A,
+        limit: usize,
+    ) -> Result<Bounded<(String, String)>, A::Error> {
+        let mut entries = Bounded { kept: Vec::new(), found: 0 };
+        while entries.found < limit {
+            let Some(entry) = access.next_entry()? else {
+                return Ok(entries);
+            };
+            entries.kept.push(entry);
+            entries.found += 1;
+        }
+        while access.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {
+            entries.found += 1;
+        }
+        Ok(entries)
+    }
+}
+
+impl<T> Bounded<T> {
+    /// All of it, if it is no more than may be.
+    fn within(self, what: &'static str, limit: usize) -> Result<Vec<T>, HeaderProblem> {
+        within(what, self.found, limit)?;
+        Ok(self.kept)
+    }
+
+    /// All of it, or how much it is.
+    pub(crate) fn all(self) -> Result<Vec<T>, usize> {
+        if self.found > self.kept.len() { Err(self.found) } else { Ok(self.kept) }
+    }
+}
+
+type StringPairs = Vec<(String, String)>;
+
+/// A header as JSON says it, before any rule but the limits is checked; equal keys are all kept.
 struct RawHeader {
     metadata_maps: usize,
-    metadata: Vec<(String, String)>,
-    tensors: Vec<(String, RawTensor)>,
+    metadata: Bounded<(String, String)>,
+    tensors: Bounded<(String, RawTensor)>,
+    /// In bytes.
+    longest_name: usize,
 }
 
 #[derive(serde::Deserialize)]
 #[serde(deny_unknown_fields)]
 struct RawTensor {
     dtype: String,
-    shape: Vec<usize>,
+    shape: Dimensions,
     data_offsets: (u64, u64),
 }
 
@@ -245,41 +290,106 @@ impl<'de> Visitor<'de> for RawHeaderVisitor {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut access: A) -> Result<RawHeader, A::Error> {
-        let mut header = RawHeader { metadata_maps: 0, metadata: Vec::new(), tensors: Vec::new() };
-        while let Some(key) = access.next_key::<String>()? {
-            if key == METADATA {
+        let mut header = RawHeader {
+            metadata_maps: 0,
+            metadata: Bounded { kept: Vec::new(), found: 0 },
+            tensors: Bounded { kept: Vec::new(), found: 0 },
+            longest_name: 0,
+        };
+        while let Some(Name { text, bytes }) = access.next_key()? {
+            header.longest_name = header.longest_name.max(bytes);
+            if text == METADATA {
                 header.metadata_maps += 1;
-                header.metadata.extend(access.next_value::<StringPairs>()?.0);
-            } else {
-                let tensor = access
-                    .next_value()
-                    .map_err(|error| de::Error::custom(format_args!("tensor `{key}`: {error}")))?;
-                header.tensors.push((key, tensor));
+                if header.metadata_maps == 1 {
+                    header.metadata = access.next_value::<Metadata>()?.0;
+                } else {
+                    access.next_value::<IgnoredAny>()?;
+                }
+                continue;
             }
+            header.tensors.found += 1;
+            if bytes > limits::NAME_BYTES || header.tensors.found > limits::TENSORS {
+                access.next_value::<IgnoredAny>()?;
+                continue;
+            }
+            let tensor = access
+                .next_value()
+                .map_err(|error| de::Error::custom(format_args!("tensor `{text}`: {error}")))?;
+            header.tensors.kept.push((text, tensor));
         }
         Ok(header)
     }
 }
 
-/// An object of strings as a list, so that equal keys are seen.
-struct StringPairs(Vec<(String, String)>);
+/// The name of a tensor, kept if it is no longer than it may be.
+struct Name {
+    text: String,
+    bytes: usize,
+}
 
-impl<'de> Deserialize<'de> for StringPairs {
+impl<'de> Deserialize<'de> for Name {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Text;
+        impl Visitor<'_> for Text {
+            type Value = Name;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a string")
+            }
+
+            fn visit_str<E>(self, text: &str) -> Result<Name, E> {
+                let bytes = text.len();
+                let text = if bytes > limits::NAME_BYTES { "" } else { text };
+                Ok(Name { text: text.to_owned(), bytes })
+            }
+        }
+        deserializer.deserialize_str(Text)
+    }
+}
+
+/// A shape.
+struct Dimensions(Bounded<usize>);
+
+impl<'de> Deserialize<'de> for Dimensions {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Sequence;
+        impl<'de> Visitor<'de> for Sequence {
+            type Value = Dimensions;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a sequence")
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut access: A) -> Result<Dimensions, A::Error> {
+                let mut shape = Bounded { kept: Vec::new(), found: 0 };
+                while let Some(dimension) = access.next_element()? {
+                    shape.found += 1;
+                    if shape.found <= limits::DIMENSIONS {
+                        shape.kept.push(dimension);
+                    }
+                }
+                Ok(Dimensions(shape))
+            }
+        }
+        deserializer.deserialize_seq(Sequence)
+    }
+}
+
+/// An object of strings as a list, so that equal keys are seen.
+struct Metadata(Bounded<(String, String)>);
+
+impl<'de> Deserialize<'de> for Metadata {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct Pairs;
         impl<'de> Visitor<'de> for Pairs {
-            type Value = StringPairs;
+            type Value = Metadata;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("an object that maps strings to strings")
             }
 
-            fn visit_map<A: MapAccess<'de>>(self, mut access: A) -> Result<StringPairs, A::Error> {
-                let mut pairs = Vec::new();
-                while let Some(pair) = access.next_entry()? {
-                    pairs.push(pair);
-                }
-                Ok(StringPairs(pairs))
+            fn visit_map<A: MapAccess<'de>>(self, access: A) -> Result<Metadata, A::Error> {
+                Bounded::entries(access, limits::METADATA_ENTRIES).map(Metadata)
             }
         }
         deserializer.deserialize_map(Pairs)
@@ -362,10 +472,7 @@ fn push_json_string(text: &mut Vec<u8>, value: &str) {
 /// An open safetensors file: its header read and validated, its data untouched.
 #[derive(Debug)]
 pub struct SafetensorsFile {
-    path: PathBuf,
-    file: File,
-    file_bytes: u64,
-    modified: Option<std::time::SystemTime>,
+    opened: Arc<OpenedFile>,
     header: Header,
 }
 
@@ -382,28 +489,28 @@ impl SafetensorsFile {
             return Err(source).at(path, "open");
         }
         let header = Header::read(path, &mut file, metadata.len())?;
-        Ok(SafetensorsFile {
+        let opened = OpenedFile {
             path: path.to_owned(),
             file,
-            file_bytes: metadata.len(),
+            bytes: metadata.len(),
             modified: metadata.modified().ok(),
-            header,
-        })
+        };
+        Ok(SafetensorsFile { opened: Arc::new(opened), header })
     }
 
     /// Where the file is.
     pub fn path(&self) -> &Path {
-        &self.path
+        &self.opened.path
     }
 
     /// The open file.
     pub fn file(&self) -> &File {
-        &self.file
+        &self.opened.file
     }
 
     /// Its size when it was opened.
     pub fn file_bytes(&self) -> u64 {
-        self.file_bytes
+        self.opened.bytes
     }
 
     /// Its header.
@@ -416,12 +523,7 @@ impl SafetensorsFile {
     /// # Errors
     /// [`Error::Io`].
     pub fn ensure_unchanged(&self) -> Result<()> {
-        let metadata = self.file.metadata().at(&self.path, "inspect")?;
-        if metadata.len() != self.file_bytes || metadata.modified().ok() != self.modified {
-            let source = std::io::Error::other("the file was changed while it was being read");
-            return Err(source).at(&self.path, "use");
-        }
-        Ok(())
+        self.opened.ensure_unchanged()
     }
 
     /// Maps the whole file.
@@ -429,11 +531,38 @@ impl SafetensorsFile {
     /// # Errors
     /// [`Error::Io`].
     pub fn map(&self) -> Result<Mapping> {
-        let mapping = Mapping::new(&self.file).at(&self.path, "map")?;
-        if (mapping.len() as u64) < self.file_bytes {
+        let OpenedFile { path, file, bytes, .. } = &*self.opened;
+        let mapping = Mapping::new(file).at(path, "map")?;
+        if (mapping.len() as u64) < *bytes {
             let source = std::io::Error::other("the file became shorter while it was open");
-            return Err(source).at(&self.path, "map");
+            return Err(source).at(path, "map");
         }
         Ok(mapping)
+    }
+
+    /// The file itself, which outlives this header as long as it is held.
+    pub(crate) fn opened(&self) -> Arc<OpenedFile> {
+        Arc::clone(&self.opened)
+    }
+}
+
+/// A file, and what it was when it was opened.
+#[derive(Debug)]
+pub(crate) struct OpenedFile {
+    path: PathBuf,
+    file: File,
+    bytes: u64,
+    modified: Option<SystemTime>,
+}
+
+impl OpenedFile {
+    /// Refuses the file if it was written to since it was opened.
+    pub(crate) fn ensure_unchanged(&self) -> Result<()> {
+        let metadata = self.file.metadata().at(&self.path, "inspect")?;
+        if metadata.len() != self.bytes || metadata.modified().ok() != self.modified {
+            let source = std::io::Error::other("the file was changed while it was being read");
+            return Err(source).at(&self.path, "use");
+        }
+        Ok(())
     }
 }

@@ -33,14 +33,18 @@ impl Mapping {
         Ok(Mapping(Some(map)))
     }
 
-    /// Drops the pages of `range` from this process's resident set; the next access reads them
-    /// again from the page cache. Only whole pages inside the range are dropped.
+    /// Drops the pages around `range` from this process's resident set; the next access reads them
+    /// again from the page cache.
+    ///
+    /// The range grows to whole windows of 64 KiB: a fault on one page maps its neighbours too
+    /// (Linux's fault-around), and those that a neighbouring range has released already would
+    /// otherwise stay for good.
     pub fn release(&self, range: Range<usize>) {
         #[cfg(unix)]
         if let Some(map) = &self.0 {
-            const PAGE: usize = 4096;
-            let start = range.start.next_multiple_of(PAGE);
-            let end = range.end.min(map.len());
+            const WINDOW: usize = 64 * 1024;
+            let start = range.start / WINDOW * WINDOW;
+            let end = range.end.next_multiple_of(WINDOW).min(map.len());
             if start < end {
                 // SAFETY: the mapping is shared and read-only, so dropped pages are read back
                 // from the file with the same contents; no data can be lost.

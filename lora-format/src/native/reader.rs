@@ -250,6 +250,11 @@ fn read_fingerprint(path: &Path, config: Value) -> Result<Option<Fingerprint>> {
     }
     let config: FingerprintConfig = serde_json::from_value(config)
         .map_err(|source| Error::Configuration { path: path.to_owned(), source })?;
+    if config.targets.len() > fingerprint::TARGETS {
+        let found = Value::from(config.targets.len());
+        let expected = "at most 64 targets";
+        return Err(Error::config(path, "base.fingerprint.targets", expected, &found));
+    }
     let mut targets = Vec::with_capacity(config.targets.len());
     for target in config.targets {
         let field = format!("base.fingerprint.{}", target.target);

@@ -11,15 +11,16 @@ mod schedule;
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::ops::Range;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use lora_format::Dtype;
-use lora_format::IoContext;
 use lora_format::checkpoint::Location;
 use lora_format::io::mmap::Mapping;
 use lora_format::model::LowRank;
+use lora_format::{IoContext, Tensor};
 
 use crate::error::{Error, Result};
 use crate::kernels::{self, Factors, FloatType, Isa, Rounding, TileRegion, TileStats};
@@ -301,22 +302,34 @@ impl Engine<'_> {
         Ok(stats.non_finite.saturating_sub(brought).max(stats.overflowed))
     }
 
-    /// The factors of a target as the kernels want them: left·right in the stored orientation.
+    /// The factors of a target as the kernels want them: left·right in the stored orientation,
+    /// decoded straight into their place, so that no factor is held twice.
     fn unpack(&self, target: &PlannedTarget) -> Result<Factors> {
         let factors = required(self.plan.factors(target))?;
-        let a = required(factors.a.to_f32())?;
-        let b = required(factors.b.to_f32())?;
-        factors.a.release();
-        factors.b.release();
+        let (a, b) = (&factors.a, &factors.b);
         let (rank, input, out) = (factors.rank(), factors.in_features(), factors.out_features());
-        Ok(match target.orientation {
-            Orientation::OutIn => Factors::new(out, input, rank, &b, &a, target.scale),
-            Orientation::InOut => {
-                let left = transpose(&a, rank, input);
-                let right = transpose(&b, out, rank);
-                Factors::new(input, out, rank, &left, &right, target.scale)
+        let packed = match target.orientation {
+            Orientation::OutIn => {
+                let left = decode(b, 0..out * rank, 1);
+                Factors::pack(out, input, rank, left, target.scale, |k, columns, row| {
+                    let first = k * input;
+                    decode_into(a, first + columns.start, 1, row);
+                })
             }
-        })
+            Orientation::InOut => {
+                let columns = (0..input).flat_map(|column| {
+                    let end = column + (rank - 1) * input + 1;
+                    decode(a, column..end, input)
+                });
+                let left = columns.collect();
+                Factors::pack(input, out, rank, left, target.scale, |k, columns, row| {
+                    decode_into(b, columns.start * rank + k, rank, row);
+                })
+            }
+        };
+        a.release();
+        b.release();
+        Ok(packed)
     }
 
     fn finish(self, threads: usize) -> Result<MergeReport> {
@@ -326,6 +339,7 @@ impl Engine<'_> {
         for shard in self.plan.base.shards() {
             shard.file.ensure_unchanged()?;
         }
+        self.plan.adapter.ensure_unchanged()?;
         let jobs = || self.plan.output.files.iter().flat_map(|file| &file.tensors);
         let mut realised = Realised::default();
         let mut targets = Vec::with_capacity(self.states.len());
@@ -400,12 +414,34 @@ fn non_finite(dtype: Dtype, bytes: &[u8]) -> Option<(usize, usize)> {
     }
 }
 
-fn transpose(values: &[f32], rows: usize, cols: usize) -> Vec<f32> {
-    let mut transposed = Vec::with_capacity(values.len());
-    for col in 0..cols {
-        transposed.extend((0..rows).map(|row| values[row * cols + col]));
+/// Every `step`-th element of `range`, exactly. A factor's dtype was checked when it was read.
+fn decode(tensor: &Tensor, range: Range<usize>, step: usize) -> Vec<f32> {
+    let mut values = vec![0.0; range.len().div_ceil(step)];
+    decode_into(tensor, range.start, step, &mut values);
+    values
+}
+
+/// As [`decode`], from `first` on until `values` is full.
+fn decode_into(tensor: &Tensor, first: usize, step: usize, values: &mut [f32]) {
+    let bytes = tensor.bytes();
+    let float = float_type(tensor.dtype).unwrap_or(FloatType::F32);
+    let width = float.size();
+    let number = |element: &[u8]| match *element {
+        [a, b] => float.decode(u32::from(u16::from_le_bytes([a, b]))),
+        [a, b, c, d] => f32::from_le_bytes([a, b, c, d]),
+        _ => f32::NAN,
+    };
+    if step == 1 {
+        let elements = bytes[first * width..][..values.len() * width].chunks_exact(width);
+        for (value, element) in values.iter_mut().zip(elements) {
+            *value = number(element);
+        }
+        return;
     }
-    transposed
+    for (index, value) in values.iter_mut().enumerate() {
+        let at = (first + index * step) * width;
+        *value = number(&bytes[at..at + width]);
+    }
 }
 
 /// The kernels' name of a dtype they know.

@@ -4,6 +4,8 @@
 //! accumulation path, which looks at the data and at nothing else: the same
 //! adapter takes the same path on every machine and in every tile.
 
+use std::ops::Range;
+
 /// Columns per packed panel of the right factor: three groups of
 /// [`LANES`] columns.
 pub const PANEL: usize = GROUPS * LANES;
@@ -65,24 +67,42 @@ impl Factors {
         right: &[f32],
         scale: f64,
     ) -> Self {
-        assert_eq!(Some(left.len()), rows.checked_mul(rank), "left factor is not rows×rank");
         assert_eq!(Some(right.len()), rank.checked_mul(cols), "right factor is not rank×cols");
-        let scaled = if rank <= CHUNK { scale_exactly(left, scale) } else { None };
-        let path = if scaled.is_some() { Path::F32 } else { Path::F64 };
+        Self::pack(rows, cols, rank, left.to_vec(), scale, |k, columns, row| {
+            row.copy_from_slice(&right[k * cols..][columns]);
+        })
+    }
+
+    /// As [`Factors::new`], without holding the right factor twice: `fill(k, columns, row)` writes
+    /// those columns of its row `k` into `row`.
+    ///
+    /// # Panics
+    ///
+    /// If `left` does not have the length its shape says.
+    #[must_use]
+    pub fn pack(
+        rows: usize,
+        cols: usize,
+        rank: usize,
+        mut left: Vec<f32>,
+        scale: f64,
+        mut fill: impl FnMut(usize, Range<usize>, &mut [f32]),
+    ) -> Self {
+        assert_eq!(Some(left.len()), rows.checked_mul(rank), "left factor is not rows×rank");
+        let path =
+            if rank <= CHUNK && scale_exactly(&mut left, scale) { Path::F32 } else { Path::F64 };
         let panels = cols.div_ceil(PANEL);
-        let mut packed = Vec::with_capacity(panels * rank);
+        let mut right = Vec::with_capacity(panels * rank);
         for panel in 0..panels {
             let first = panel * PANEL;
             let width = PANEL.min(cols - first);
             for k in 0..rank {
                 let mut row = PanelRow([[0.0; LANES]; GROUPS]);
-                row.0.as_flattened_mut()[..width]
-                    .copy_from_slice(&right[k * cols + first..][..width]);
-                packed.push(row);
+                fill(k, first..first + width, &mut row.0.as_flattened_mut()[..width]);
+                right.push(row);
             }
         }
-        let left = scaled.unwrap_or_else(|| left.to_vec());
-        Self { rows, cols, rank, scale, path, left, right: packed }
+        Self { rows, cols, rank, scale, path, left, right }
     }
 
     /// Rows of the whole tensor.
@@ -134,20 +154,21 @@ impl Factors {
     }
 }
 
-/// `scale · left` when the scale is a power of two and no element rounds.
-fn scale_exactly(left: &[f32], scale: f64) -> Option<Vec<f32>> {
+/// Multiplies `left` by a scale that is a power of two if no element rounds; else leaves it alone
+/// and says so.
+fn scale_exactly(left: &mut [f32], scale: f64) -> bool {
     const MANTISSA: u64 = (1 << 52) - 1;
     // Powers of two beyond f32's own range could underflow even in f64.
     let reasonable = (f64::from(f32::MIN_POSITIVE)..=2f64.powi(127)).contains(&scale.abs());
-    if !reasonable || scale.to_bits() & MANTISSA != 0 {
-        return None;
+    let scaled = |element: f32| (f64::from(element) * scale) as f32;
+    let exact = reasonable
+        && scale.to_bits() & MANTISSA == 0
+        // False for NaN, which therefore takes the other path.
+        && left.iter().all(|&element| f64::from(scaled(element)) == f64::from(element) * scale);
+    if exact {
+        for element in left.iter_mut() {
+            *element = scaled(*element);
+        }
     }
-    left.iter()
-        .map(|&element| {
-            let wanted = f64::from(element) * scale;
-            let scaled = wanted as f32;
-            // False for NaN, which therefore takes the other path.
-            (f64::from(scaled) == wanted).then_some(scaled)
-        })
-        .collect()
+    exact
 }

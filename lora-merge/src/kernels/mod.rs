@@ -110,6 +110,7 @@
 mod environment;
 mod factors;
 mod float;
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod generic;
 mod isa;
 mod scalar;
@@ -117,6 +118,7 @@ mod stats;
 mod stochastic;
 #[cfg(test)]
 mod testing;
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod vector;
 
 #[cfg(target_arch = "aarch64")]

@@ -211,7 +211,7 @@ pub(crate) fn check_shapes(isa: Isa) {
                 if rows == 33 && rank > 16 {
                     continue;
                 }
-                let taste = if noise.below(2) == 0 { Taste::Plain } else { Taste::Wild };
+                let taste = TASTES[noise.below(3) as usize];
                 let scale = match taste {
                     Taste::Plain | Taste::Sprinkled => SCALES[noise.below(5) as usize],
                     Taste::Wild => SCALES[noise.below(SCALES.len() as u32) as usize],
