@@ -2,7 +2,7 @@
 
 use std::io;
 
-use lora_format::{DetectProblem, Dtype, Error as FormatError, IndexProblem};
+use lora_format::{DetectProblem, Dtype, Error as FormatError, HeaderProblem, IndexProblem};
 use lora_merge::{Error as MergeError, PlanProblem};
 use serde::Serialize;
 
@@ -24,6 +24,8 @@ pub(crate) enum Failure {
         message: String,
         /// What to do about it.
         hint: Option<String>,
+        /// Every problem by itself, where the message counts those that are alike.
+        problems: Vec<String>,
     },
     /// The user stopped it.
     Interrupted,
@@ -37,18 +39,24 @@ pub(crate) struct ErrorReport<'a> {
     schema: &'static str,
     error: &'a str,
     hint: Option<&'a str>,
+    problems: &'a [String],
 }
 
 impl<'a> ErrorReport<'a> {
-    pub(crate) fn new(error: &'a str, hint: Option<&'a str>) -> ErrorReport<'a> {
-        ErrorReport { schema: "lora-cli/error/1", error, hint }
+    pub(crate) fn new(
+        error: &'a str,
+        hint: Option<&'a str>,
+        problems: &'a [String],
+    ) -> ErrorReport<'a> {
+        ErrorReport { schema: "lora-cli/error/1", error, hint, problems }
     }
 }
 
 impl Failure {
     /// A failure without a hint of its own.
     pub(crate) fn new(message: impl Into<String>, hint: Option<&str>) -> Failure {
-        Failure::Error { message: message.into(), hint: hint.map(str::to_owned) }
+        let hint = hint.map(str::to_owned);
+        Failure::Error { message: message.into(), hint, problems: Vec::new() }
     }
 
     /// What writing to stdout met.
@@ -62,7 +70,8 @@ impl Failure {
 
 impl From<FormatError> for Failure {
     fn from(error: FormatError) -> Failure {
-        Failure::Error { hint: format_hint(&error), message: error.to_string() }
+        let (hint, message) = (format_hint(&error), error.to_string());
+        Failure::Error { message, hint, problems: Vec::new() }
     }
 }
 
@@ -71,7 +80,16 @@ impl From<MergeError> for Failure {
         match error {
             MergeError::Interrupted => Failure::Interrupted,
             MergeError::Format(error) => error.into(),
-            error => Failure::Error { hint: merge_hint(&error), message: error.to_string() },
+            error => {
+                let problems = match &error {
+                    MergeError::Plan { problems, .. } => {
+                        problems.iter().map(ToString::to_string).collect()
+                    }
+                    _ => Vec::new(),
+                };
+                let (hint, message) = (merge_hint(&error), error.to_string());
+                Failure::Error { message, hint, problems }
+            }
         }
     }
 }
@@ -79,7 +97,7 @@ impl From<MergeError> for Failure {
 fn format_hint(error: &FormatError) -> Option<String> {
     let text = match error {
         FormatError::AlphaUnknown { .. } => {
-            "give the alpha that the adapter was trained with: --alpha 16"
+            "give the alpha that the adapter was trained with: --alpha N"
         }
         FormatError::OutputExists { .. } => "choose another -o, or replace it with --force",
         FormatError::Config { field, .. } if field == "lora_alpha" => {
@@ -90,7 +108,15 @@ fn format_hint(error: &FormatError) -> Option<String> {
         {
             "if the field cannot matter for the result, pass it over: --ignore-field NAME"
         }
+        FormatError::Unsupported { features, .. }
+            if features.iter().any(|f| f.reason.contains("not implemented")) =>
+        {
+            "until it is, PEFT's merge_and_unload can merge it"
+        }
         FormatError::Unrecognised { path, problem } => match problem {
+            DetectProblem::NoAdapter if path.join("config.json").exists() => {
+                "this directory holds a model; the order is BASE ADAPTER"
+            }
             DetectProblem::NotFound if path.is_relative() && path.components().count() == 2 => {
                 "if this is a name on the Hugging Face Hub, download it first: hf download NAME"
             }
@@ -101,12 +127,26 @@ fn format_hint(error: &FormatError) -> Option<String> {
                 "give the directory that holds adapter_model.safetensors; PEFT saves adapters with \
                  names of their own in subdirectories"
             }
+            DetectProblem::OneOfSeveral { .. } => {
+                "fetch model.safetensors.index.json and the other shards too"
+            }
             DetectProblem::AdaptersInside { .. } => "give that directory instead",
             DetectProblem::SeveralModels { .. } => "name one of the files instead of the directory",
             _ => return None,
         },
         FormatError::Index { problem: IndexProblem::MissingShard { .. }, .. } => {
             "the download may be incomplete; fetch the model again"
+        }
+        FormatError::Header { problem: HeaderProblem::LfsPointer, .. } => {
+            "fetch the file itself: git lfs pull"
+        }
+        FormatError::Header { problem: HeaderProblem::JsonText, .. } => {
+            "is this an index or a configuration? give the directory that holds it"
+        }
+        FormatError::Io { action, source, .. }
+            if action.starts_with("create a") && source.kind() == io::ErrorKind::NotFound =>
+        {
+            "the directory does not exist; create it first"
         }
         FormatError::Header { problem, .. } if problem.to_string().contains("truncated?") => {
             "the download may be incomplete; fetch the file again"
@@ -135,6 +175,7 @@ fn merge_hint(error: &MergeError) -> Option<String> {
             "the delta itself is out of range: check --scale and the adapter's alpha"
         }
         MergeError::NoSpace { .. } => "write to another file system with -o",
+        MergeError::NoDirectory { .. } => "create it first, or choose another -o",
         MergeError::OutputIsInput { .. } => "choose another -o",
         MergeError::NotReplaceable { .. } => "choose another -o, or remove it yourself",
         MergeError::NoTokenizer { .. } => "--tokenizer auto takes the base's where there is none",

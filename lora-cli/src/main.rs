@@ -49,9 +49,10 @@ fn main() -> ExitCode {
         }
         // Whoever read our output has had enough of it.
         Err(Failure::ClosedPipe) => ExitCode::SUCCESS,
-        Err(Failure::Error { message, hint }) => {
+        Err(Failure::Error { message, hint, problems }) => {
             if json {
-                let _closed = printer::json(&failure::ErrorReport::new(&message, hint.as_deref()));
+                let _closed =
+                    printer::json(&failure::ErrorReport::new(&message, hint.as_deref(), &problems));
             }
             printer::talk(&format!("error: {message}"));
             if let Some(hint) = hint {

@@ -205,6 +205,10 @@ impl fmt::Display for Shape {
 #[non_exhaustive]
 #[allow(missing_docs, reason = "the messages are the documentation")]
 pub enum HeaderProblem {
+    #[error("it is a Git LFS pointer, not the file that the pointer stands for")]
+    LfsPointer,
+    #[error("it is JSON text")]
+    JsonText,
     #[error("the file has {file_bytes} bytes; the header length alone takes 8")]
     TooShort { file_bytes: u64 },
     #[error("the header length {header_bytes} is over the limit of {limit} bytes")]

@@ -1,5 +1,6 @@
 //! Why a merge cannot be planned or finished.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::path::PathBuf;
 
@@ -82,6 +83,12 @@ pub enum Error {
         needed: u64,
         /// Bytes available.
         free: u64,
+    },
+    /// The directory that the output would go into is not there.
+    #[error("{}: no such directory", path.display())]
+    NoDirectory {
+        /// The directory.
+        path: PathBuf,
     },
     /// The output path is, holds or lies in an input.
     #[error("{}: the output would replace or change the input {}", output.display(), input.display())]
@@ -193,19 +200,48 @@ fn method_text(method: &Option<String>) -> String {
     method.as_ref().map_or_else(String::new, |method| format!(" (quantised with {method})"))
 }
 
+/// Problems that differ only in their numbers (of layers, of experts) are shown once and counted.
 fn list(adapter: &std::path::Path, base: &std::path::Path, problems: &[PlanProblem]) -> String {
     const SHOWN: usize = 100;
-    let mut text = format!("{} does not fit {}:", adapter.display(), base.display());
+    let text = format!("{} does not fit {}:", adapter.display(), base.display());
     if let [only] = problems {
         return format!("{text} {only}");
     }
-    for problem in problems.iter().take(SHOWN) {
-        text.push_str(&format!("\n  - {problem}"));
+    let mut groups: Vec<(String, usize)> = Vec::new();
+    let mut known: HashMap<String, usize> = HashMap::new();
+    for problem in problems {
+        let group = *known.entry(problem.kind()).or_insert_with(|| {
+            groups.push((problem.to_string(), 0));
+            groups.len() - 1
+        });
+        groups[group].1 += 1;
     }
-    if problems.len() > SHOWN {
-        text.push_str(&format!("\n  - and {} more", problems.len() - SHOWN));
+    let mut lines = vec![format!("{text} {} problems", problems.len())];
+    for (problem, count) in groups.iter().take(SHOWN) {
+        let more = match count {
+            1 => String::new(),
+            count => format!(" (and {} more like it: --json lists all)", count - 1),
+        };
+        lines.push(format!("  - {problem}{more}"));
     }
-    text
+    if groups.len() > SHOWN {
+        lines.push(format!("  - and {} more kinds", groups.len() - SHOWN));
+    }
+    lines.join("\n")
+}
+
+impl PlanProblem {
+    /// What problems have in common that are alike but for the layer: the name concerned without
+    /// its numbers, and the rest of the text without the names that are only suggested.
+    fn kind(&self) -> String {
+        let text = self.to_string();
+        let text = text.split("; nearest: ").next().unwrap_or_default();
+        let parts = text.split('.').map(|part| {
+            let number = !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit());
+            if number { "*" } else { part }
+        });
+        parts.collect::<Vec<_>>().join(".")
+    }
 }
 
 fn largest(dtype: Dtype) -> &'static str {

@@ -167,7 +167,9 @@ fn absolute(path: &Path) -> Result<PathBuf> {
         return Ok(canonical);
     }
     let parent = parent_of(path);
-    let parent = parent.canonicalize().at(parent, "open")?;
+    let Ok(parent) = parent.canonicalize() else {
+        return Err(Error::NoDirectory { path: parent.to_owned() });
+    };
     Ok(path.file_name().map_or(parent.clone(), |name| parent.join(name)))
 }
 

@@ -89,15 +89,17 @@ impl Realised {
         self.non_finite += other.non_finite;
     }
 
-    /// The share of Δ that survived; `None` if Δ is zero.
+    /// The share of Δ that survived; `None` if Δ is zero, or too large for its square to be finite.
     pub fn projection(&self) -> Option<f64> {
-        (self.wanted_sq > 0.0).then(|| self.dot / self.wanted_sq)
+        let projection = self.dot / self.wanted_sq;
+        (self.wanted_sq > 0.0 && projection.is_finite()).then_some(projection)
     }
 
     /// Noise relative to Δ; `None` if Δ is zero.
     pub fn noise(&self) -> Option<f64> {
         let projection = self.projection()?;
-        Some((self.realised_sq / self.wanted_sq - projection * projection).max(0.0).sqrt())
+        let square = self.realised_sq / self.wanted_sq - projection * projection;
+        square.is_finite().then(|| square.max(0.0).sqrt())
     }
 
     /// The share of elements that changed.

@@ -108,6 +108,18 @@ fn a_stamped_adapter_knows_its_base() {
     let warning = "warning: not the base that the adapter was trained on (0 of 16 sampled values \
                    agree); merging all the same, as asked\n";
     assert!(ran.stderr.contains(warning), "{}", ran.stderr);
+
+    // Nor is it given another base by mistake.
+    let stamp = ["stamp", "stamped.safetensors", "--base", "other.safetensors", "-o", "again"];
+    let text = scratch.cli(&stamp).refused(scratch.root());
+    assert_eq!(
+        text,
+        "error: stamped.safetensors: is stamped already, with another base than \
+         other.safetensors (0 of 16 sampled values agree)\n\
+         hint: if the new base is the right one, --replace-fingerprint\n"
+    );
+    scratch.cli(&[&stamp[..], &["--replace-fingerprint"]].concat()).done();
+    scratch.cli(&["merge", "other.safetensors", "again", "-o", "d"]).done();
 }
 
 /// Without a fingerprint the recorded name is compared, and a mismatch is a warning.

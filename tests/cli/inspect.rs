@@ -84,6 +84,18 @@ fn a_digest_is_intact_or_the_status_is_1() {
     assert_eq!(ran.code, Some(1), "{}", ran.stderr);
     assert!(ran.stdout.contains("digest: DAMAGED\n  recorded sha256:"), "{}", ran.stdout);
     assert_eq!(scratch.cli(&["inspect", "own.safetensors"]).code, Some(0));
+    // The damage is neither merged nor sealed under a new digest.
+    for arguments in [
+        &["merge", "base.safetensors", "own.safetensors", "-o", "x"][..],
+        &["convert", "own.safetensors", "--to", "lora", "-o", "x"],
+        &["stamp", "own.safetensors", "--base", "base.safetensors", "-o", "x"],
+    ] {
+        let text = scratch.cli(arguments).refused(scratch.root());
+        assert!(
+            text.contains("error: own.safetensors: damaged: its data has the digest"),
+            "{text}"
+        );
+    }
     let ran = scratch.cli(&["inspect", "own.safetensors", "--verify", "--json"]);
     assert_eq!(ran.code, Some(1));
     let report: serde_json::Value = serde_json::from_str(&ran.stdout).unwrap();

@@ -32,6 +32,7 @@ struct Merge {
     config_changes: Vec<String>,
     renames: Vec<Rename>,
     notes: Vec<String>,
+    warnings: Vec<String>,
     memory_bound_bytes: u64,
     seconds: Option<f64>,
     threads: Option<u64>,
@@ -202,6 +203,7 @@ struct Error {
     error: String,
     #[serde(deserialize_with = "present")]
     hint: Option<String>,
+    problems: Vec<String>,
 }
 
 /// A member that may be null but must be there.
@@ -392,5 +394,20 @@ fn an_error() {
             text.push_str(&format!("hint: {hint}\n"));
         }
         assert!(ran.stderr.ends_with(&text), "{} does not end in {text}", ran.stderr);
+        assert!(error.problems.is_empty());
     }
+}
+
+/// The message counts problems that are alike; the report lists each.
+#[test]
+fn a_misfit_lists_every_module() {
+    let scratch = Scratch::new();
+    let ran = cli(
+        scratch.root(),
+        &["merge", "base.safetensors", &peft("llama-vanilla/adapter"), "--json"],
+    );
+    let error: Error = report(&ran, 2);
+    assert_eq!(error.problems.len(), 14);
+    assert!(error.problems.iter().all(|problem| problem.contains("nearest: ")));
+    assert!(error.error.contains("like it: --json lists all)"), "{}", error.error);
 }

@@ -13,7 +13,8 @@ const ADAPTERS: [(&str, &str); 35] = [
     ("a-3d",
      "error: @/adapter_model.safetensors: the adapter uses what this version does not \
       implement: `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`: a \
-      convolution's factors: not implemented yet"),
+      convolution's factors: not implemented yet\nhint: until it is, PEFT's merge_and_unload can \
+      merge it"),
     ("a-without-b",
      "error: @/adapter_model.safetensors: the adapter is malformed: \
       `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight` has no partner \
@@ -97,7 +98,7 @@ const ADAPTERS: [(&str, &str); 35] = [
     ("no-config",
      "error: @/adapter_model.safetensors: no adapter_config.json beside it and no alpha given: \
       the scale alpha/rank is unknown\nhint: give the alpha that the adapter was trained with: \
-      --alpha 16"),
+      --alpha N"),
     ("no-tensors",
      "error: @/adapter_model.safetensors: no adapter tensors in it: none of its 0 tensors is \
       named `….lora_A.weight` or `….lora_B.weight`\nhint: the order is BASE ADAPTER; is this \

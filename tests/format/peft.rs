@@ -34,8 +34,9 @@ fn a_saved_copy_of_a_base_layer_is_refused() {
     assert_eq!(
         message,
         "the adapter uses what this version does not implement: \
-         `base_model.model.lm_head.base_layer.weight`: a tensor stored in full (modules_to_save, or \
-         a resized embedding): not implemented yet"
+         `base_model.model.lm_head.base_layer.weight`: a copy of the base's own tensor, which \
+         PEFT saves beside a targeted embedding or output layer: not implemented yet (saving with \
+         save_embedding_layers=False leaves it out)"
     );
 }
 
@@ -334,7 +335,7 @@ const UNSUPPORTED: &[(&str, &str)] = &[
     ),
     (
         "embedding",
-        "embedding/adapter_model.safetensors: the adapter uses what this version does not implement, in 2 places:\n  - 2 tensors, `base_model.model.model.embed_tokens.lora_embedding_A` to `base_model.model.model.embed_tokens.lora_embedding_B`: LoRA on an embedding: not implemented yet\n  - `base_model.model.model.embed_tokens.base_layer.weight`: a tensor stored in full (modules_to_save, or a resized embedding): not implemented yet",
+        "embedding/adapter_model.safetensors: the adapter uses what this version does not implement, in 2 places:\n  - 2 tensors, `base_model.model.model.embed_tokens.lora_embedding_A` to `base_model.model.model.embed_tokens.lora_embedding_B`: LoRA on an embedding: not implemented yet\n  - `base_model.model.model.embed_tokens.base_layer.weight`: a copy of the base's own tensor, which PEFT saves beside a targeted embedding or output layer: not implemented yet (saving with save_embedding_layers=False leaves it out)",
     ),
     (
         "ia3",

@@ -125,7 +125,7 @@ fn two_modules_on_one_parameter_are_an_error() {
 fn what_is_not_there_is_listed_with_the_nearest_names() {
     let names = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"];
     let text = refusal(&names, &["model.layers.7.self_attn.q_proj", "model.layers.9.x"]);
-    let expected = "adapter does not fit base.safetensors:\n  \
+    let expected = "adapter does not fit base.safetensors: 2 problems\n  \
         - `model.layers.7.self_attn.q_proj`: the base has no such parameter; nearest: \
         `model.layers.0.self_attn.q_proj.weight`, `model.layers.0.mlp.up_proj.weight`\n  \
         - `model.layers.9.x`: the base has no such parameter; nearest: \

@@ -8,11 +8,11 @@ use lora_format::model::AdapterFormat;
 use lora_format::native;
 use serde::Serialize;
 
-use super::{AdapterArguments, WriteArguments, refuse_input};
+use super::{AdapterArguments, WriteArguments, refuse_damaged, refuse_input};
 use crate::failure::{Failure, Outcome};
 use crate::printer;
 
-/// Convert an adapter to another format, losing nothing
+/// Convert an adapter to another format without loss
 ///
 /// The input's format is found from its content. Factors keep their bits, the configuration keeps
 /// every field.
@@ -100,6 +100,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
     if arguments.to == Format::Peft {
         not_carried.extend(adapter.extensions.keys().map(|name| format!("the extension `{name}`")));
     }
+    refuse_damaged(&adapter)?;
     refuse_input(&arguments.output, &arguments.adapter)?;
     check_replaced(arguments)?;
     let (overwrite, durability) = (arguments.write.overwrite(), arguments.write.durability());
@@ -117,12 +118,13 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
     if !not_carried.is_empty() {
         printer::talk(&format!("note: not carried along: {}", not_carried.join(", ")));
     }
+    adapter.ensure_unchanged()?;
     printer::talk(&format!(
-        "read {} as {}, {} components → {} ({format})",
+        "read {} ({}), wrote {} ({format}): {} targets",
         arguments.adapter.display(),
         adapter.format,
+        output.display(),
         adapter.components.len(),
-        output.display()
     ));
     if arguments.json {
         printer::json(&JsonReport {

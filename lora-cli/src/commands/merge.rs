@@ -19,7 +19,7 @@ use lora_merge::report::{MergeReport, Realised};
 use lora_merge::{Bytes, MergeOptions, MergePlan};
 use serde::Serialize;
 
-use super::{AdapterArguments, WriteArguments};
+use super::{AdapterArguments, WriteArguments, refuse_damaged};
 use crate::failure::{Failure, Outcome};
 use crate::{printer, progress};
 
@@ -163,16 +163,18 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
     if arguments.dry_run {
         return dry_run(arguments, &plan, &assets, &output, &run);
     }
+    refuse_damaged(&plan.adapter)?;
     let progress = Arc::new(Progress::default());
     let total = plan.output.files.iter().map(|file| file.bytes).sum();
     let report = progress::watch(total, arguments.quiet, &progress, || {
         output::write(&plan, &assets, &output, &run, &progress)
     })?;
     let seconds = started.elapsed().as_secs_f64();
-    summarise(arguments, &plan, &assets, &output, &report, seconds);
+    summarise(arguments, &assets, &output, &report, seconds);
     if arguments.json {
         let mut json = JsonReport::new(arguments, &plan, &assets, &output, "merged");
         json.fill(&report, seconds);
+        json.warnings.extend(rounding_warnings(arguments, &report));
         printer::json(&json)?;
     }
     Ok(Outcome::Done)
@@ -253,22 +255,13 @@ fn model_name(directory: &Path) -> String {
 
 /// What the user should know before anything is written. Warnings are said even when quiet.
 fn announce(arguments: &Arguments, plan: &MergePlan, assets: &Assets) {
-    printer::notes(&plan.notes);
-    match &plan.identity {
-        Verdict::Unknown => {
-            if let Some(warning) = name_warning(plan) {
-                printer::talk(&warning);
-            }
-        }
-        Verdict::Different { equal, compared, .. } => printer::talk(&format!(
-            "warning: not the base that the adapter was trained on ({equal} of {compared} sampled \
-             values agree); merging all the same, as asked"
-        )),
-        _ => {}
+    if let Some(warning) = identity_warning(plan) {
+        printer::talk(&warning);
     }
     if arguments.quiet {
         return;
     }
+    printer::notes(&plan.notes);
     for ((from, to), count) in &plan.renames {
         let quoted = |prefix: &str| {
             if prefix.is_empty() { "no prefix".to_owned() } else { format!("`{prefix}.`") }
@@ -293,6 +286,18 @@ fn announce(arguments: &Arguments, plan: &MergePlan, assets: &Assets) {
     }
 }
 
+/// What is doubtful about the base.
+fn identity_warning(plan: &MergePlan) -> Option<String> {
+    match &plan.identity {
+        Verdict::Unknown => name_warning(plan),
+        Verdict::Different { equal, compared, .. } => Some(format!(
+            "warning: not the base that the adapter was trained on ({equal} of {compared} sampled \
+             values agree); merging all the same, as asked"
+        )),
+        _ => None,
+    }
+}
+
 /// Without a fingerprint only names can be compared, and those are often paths.
 fn name_warning(plan: &MergePlan) -> Option<String> {
     let recorded = plan.adapter.base.name.as_deref()?;
@@ -305,7 +310,7 @@ fn name_warning(plan: &MergePlan) -> Option<String> {
     }
     Some(format!(
         "warning: the adapter was trained on `{recorded}`; whether this base is that model cannot \
-         be told (an adapter stamped with `lora-cli stamp` can tell)"
+         be told (whoever trained it can record that with `lora-cli stamp`)"
     ))
 }
 
@@ -397,7 +402,6 @@ pub(super) fn numberless(name: &str) -> String {
 
 fn summarise(
     arguments: &Arguments,
-    plan: &MergePlan,
     assets: &Assets,
     output: &OutputOptions,
     report: &MergeReport,
@@ -422,70 +426,101 @@ fn summarise(
         }
         printer::talk(&text);
     }
+    for warning in rounding_warnings(arguments, report) {
+        printer::talk(&warning);
+    }
+}
+
+/// What the user should know of what was written.
+fn rounding_warnings(arguments: &Arguments, report: &MergeReport) -> Vec<String> {
+    let realised = &report.realised;
+    let mut warnings = Vec::new();
     if realised.nonzero == 0 {
-        printer::talk(
-            "warning: the adapter's delta is zero everywhere: the output equals the base",
-        );
+        let text = "warning: the adapter's delta is zero everywhere: the output equals the base";
+        warnings.push(text.to_owned());
     } else if realised.is_poor() || report.targets.iter().any(|target| target.realised.is_poor()) {
-        printer::talk(&loss_warning(plan, report));
+        warnings.push(loss_warning(arguments, report));
     }
     if realised.non_finite > 0 {
-        printer::talk(&format!(
+        warnings.push(format!(
             "warning: {} elements of the merged tensors are infinite or NaN",
             realised.non_finite
         ));
     }
+    warnings
 }
 
 fn realised_line(realised: &Realised) -> Option<String> {
     Some(format!(
-        "realised delta: {:.1} % of it survived rounding, noise {:.1} % of it, {:.1} % of the \
-         elements changed",
-        100.0 * realised.projection()?,
-        100.0 * realised.noise()?,
+        "realised delta: {}, {:.1} % of the elements changed",
+        survival(realised)?,
         100.0 * realised.changed_share()
     ))
 }
 
-/// What rounding did to the adapter, where it was worst, and what helps, best first.
-fn loss_warning(plan: &MergePlan, report: &MergeReport) -> String {
+/// "98.2 % of it survived rounding, with noise of 22 % of it".
+fn survival(realised: &Realised) -> Option<String> {
+    let noise = realised.noise()?;
+    let noise = if noise < 1.0 {
+        format!("noise of {:.1} % of it", 100.0 * noise)
+    } else {
+        format!("noise {noise:.1} times as large as it")
+    };
+    let survived = 100.0 * realised.projection()?;
+    Some(format!("{survived:.1} % of it survived rounding, with {noise}"))
+}
+
+/// What rounding did to the adapter, where it was worst, and what helps, best first. Loud where the
+/// adapter is damaged, a line where a good merge has the ordinary noise of a coarse dtype.
+fn loss_warning(arguments: &Arguments, report: &MergeReport) -> String {
+    let realised = &report.realised;
+    let lost = 1.0 - realised.projection().unwrap_or(1.0);
+    let noise = realised.noise().unwrap_or(0.0);
+    let stochastic = arguments.rounding == RoundingChoice::Stochastic;
     let mut poor: Vec<_> = report.targets.iter().filter(|t| t.realised.is_poor()).collect();
-    let loss = |realised: &Realised| {
+    let total = report.targets.len();
+    if lost < 0.1 && noise < 0.5 {
+        return format!(
+            "note: the stored dtype is coarse beside the delta in {} of {total} targets (noise of \
+             {:.0} % of the delta in all); --dtype f32 keeps it exactly",
+            poor.len(),
+            100.0 * noise
+        );
+    }
+    let severity = |realised: &Realised| {
         let lost = (1.0 - realised.projection().unwrap_or(1.0)).abs();
         lost.max(realised.noise().unwrap_or(0.0))
     };
-    poor.sort_by(|a, b| loss(&b.realised).total_cmp(&loss(&a.realised)));
-    let mut text = format!(
-        "warning: rounding changes this adapter: in {} of {} targets the delta is small beside the \
-         spacing of the stored values",
-        poor.len(),
-        report.targets.len()
-    );
+    poor.sort_by(|a, b| severity(&b.realised).total_cmp(&severity(&a.realised)));
+    let mut text = if lost >= 0.1 {
+        format!("warning: rounding LOST {:.0} % of this adapter", 100.0 * lost)
+    } else {
+        format!("warning: rounding drowned this adapter in noise {noise:.1} times as large as it")
+    };
+    text.push_str(&format!(
+        ": in {} of {total} targets the delta is small beside the spacing of the stored values",
+        poor.len()
+    ));
     for target in poor.iter().take(3) {
-        text.push_str(&format!(
-            "\n  {} ({}): {:.1} % survived, noise {:.1} %",
-            target.parameter,
-            target.dtype,
-            100.0 * target.realised.projection().unwrap_or(0.0),
-            100.0 * target.realised.noise().unwrap_or(0.0)
-        ));
+        let survival = survival(&target.realised).unwrap_or_default();
+        text.push_str(&format!("\n  {} ({}): {survival}", target.parameter, target.dtype));
     }
-    let dtypes: Vec<Dtype> = poor.iter().map(|target| target.dtype).collect();
     let mut help = Vec::new();
-    if dtypes.iter().any(|&dtype| dtype != Dtype::F32) {
+    if poor.iter().any(|target| target.dtype != Dtype::F32) {
         help.push("--dtype f32 (keeps all of it)");
     }
-    if dtypes.contains(&Dtype::Bf16) {
+    if poor.iter().any(|target| target.dtype == Dtype::Bf16) {
         help.push("--dtype f16 (8 times finer than bf16, if the model's values fit)");
     }
     help.push("serving the adapter unmerged");
     text.push_str(&format!("\n  what helps, best first: {}", help.join("; ")));
-    text.push_str(
-        "\n  --rounding stochastic keeps the delta on average, at the price of noise that can be \
-         several times the delta",
-    );
-    let scale_is_zero = plan.targets.iter().all(|target| target.scale == 0.0);
-    if scale_is_zero { String::new() } else { text }
+    if !stochastic {
+        text.push_str(
+            "\n  --rounding stochastic keeps the delta on average, at the price of noise that can \
+             be several times the delta",
+        );
+    }
+    text
 }
 
 /// The report, `lora-cli/merge/1`; docs/cli-json.md describes it.
@@ -510,6 +545,7 @@ struct JsonReport {
     config_changes: Vec<String>,
     renames: Vec<Rename>,
     notes: Vec<String>,
+    warnings: Vec<String>,
     memory_bound_bytes: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
     seconds: Option<f64>,
@@ -619,6 +655,7 @@ impl JsonReport {
                 })
                 .collect(),
             notes: plan.notes.iter().map(ToString::to_string).collect(),
+            warnings: identity_warning(plan).into_iter().collect(),
             memory_bound_bytes: memory_bound(plan, &run),
             seconds: None,
             threads: None,

@@ -8,8 +8,11 @@ pub(crate) mod stamp;
 use std::path::Path;
 
 use clap::Args;
-use lora_format::ReadOptions;
+use lora_format::container::safetensors::SafetensorsFile;
 use lora_format::io::atomic::{Durability, Overwrite};
+use lora_format::model::AdapterFormat;
+use lora_format::native::{self, DigestVerdict};
+use lora_format::{Adapter, ReadOptions};
 
 use crate::failure::Failure;
 
@@ -27,6 +30,24 @@ pub(crate) struct AdapterArguments {
 impl AdapterArguments {
     pub(crate) fn read_options(&self) -> ReadOptions {
         ReadOptions { alpha: self.alpha, ignore_fields: self.ignore_field.clone() }
+    }
+}
+
+/// Refuses an adapter of our own format whose data is not what was written: whatever reads it would
+/// merge the damage, or seal it under a new digest.
+pub(crate) fn refuse_damaged(adapter: &Adapter) -> Result<(), Failure> {
+    if adapter.format != AdapterFormat::Native {
+        return Ok(());
+    }
+    match native::verify_digest(&SafetensorsFile::open(&adapter.path)?)? {
+        DigestVerdict::Intact { .. } => Ok(()),
+        DigestVerdict::Damaged { recorded, actual } => {
+            let message = format!(
+                "{}: damaged: its data has the digest {actual}, it was written with {recorded}",
+                adapter.path.display()
+            );
+            Err(Failure::new(message, Some("fetch the file again, or restore it from a copy")))
+        }
     }
 }
 

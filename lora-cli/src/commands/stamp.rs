@@ -4,11 +4,12 @@ use std::path::PathBuf;
 
 use clap::Args;
 use lora_format::checkpoint::Checkpoint;
+use lora_format::fingerprint::{self, Fingerprint, Verdict};
 use lora_format::model::AdapterFormat;
 use lora_format::native;
 use serde::Serialize;
 
-use super::{AdapterArguments, WriteArguments, refuse_input};
+use super::{AdapterArguments, WriteArguments, refuse_damaged, refuse_input};
 use crate::failure::{Failure, Outcome};
 use crate::printer;
 
@@ -31,6 +32,9 @@ pub(crate) struct Arguments {
     write: WriteArguments,
     #[command(flatten)]
     adapter_options: AdapterArguments,
+    /// Replace a fingerprint that the adapter has already and that says otherwise
+    #[arg(long)]
+    replace_fingerprint: bool,
     /// Print a report as JSON on stdout
     #[arg(long)]
     pub(crate) json: bool,
@@ -47,6 +51,25 @@ struct JsonReport {
     samples: usize,
 }
 
+/// An adapter that knows its base is not given another by mistake.
+fn refuse_another_base(
+    arguments: &Arguments,
+    recorded: &Fingerprint,
+    actual: &Fingerprint,
+) -> Result<(), Failure> {
+    let verdict = fingerprint::compare(recorded, |expected| {
+        actual.targets.iter().find(|samples| samples.target == expected.target).cloned()
+    });
+    let Verdict::Different { equal, compared, .. } = verdict else { return Ok(()) };
+    let message = format!(
+        "{}: is stamped already, with another base than {} ({equal} of {compared} sampled values \
+         agree)",
+        arguments.adapter.display(),
+        arguments.base.display()
+    );
+    Err(Failure::new(message, Some("if the new base is the right one, --replace-fingerprint")))
+}
+
 pub(crate) fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
     let mut adapter =
         lora_format::read(&arguments.adapter, &arguments.adapter_options.read_options())?;
@@ -57,7 +80,11 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
     if adapter.format != AdapterFormat::Native {
         refuse_input(&arguments.output, &arguments.adapter)?;
     }
+    refuse_damaged(&adapter)?;
     let fingerprint = lora_merge::identity::stamp(&adapter, &base)?;
+    if let (Some(recorded), false) = (&adapter.base.fingerprint, arguments.replace_fingerprint) {
+        refuse_another_base(arguments, recorded, &fingerprint)?;
+    }
     let report = JsonReport {
         schema: "lora-cli/stamp/1",
         adapter: arguments.adapter.display().to_string(),

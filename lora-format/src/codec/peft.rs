@@ -454,6 +454,9 @@ fn explain_tensor(name: &str) -> &'static str {
         "a method other than LoRA: not implemented yet"
     } else if holds(&["lora_"]) {
         "an unknown kind of LoRA tensor"
+    } else if ends(&[".base_layer.weight"]) {
+        "a copy of the base's own tensor, which PEFT saves beside a targeted embedding or output \
+         layer: not implemented yet (saving with save_embedding_layers=False leaves it out)"
     } else if ends(&[".bias"]) {
         "a trained bias: not implemented yet"
     } else {

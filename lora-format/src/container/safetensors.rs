@@ -80,6 +80,13 @@ impl Header {
         }
         let mut length = [0; 8];
         file.read_exact(&mut length).at(path, "read")?;
+        // Two common accidents, which a header length would describe poorly.
+        if &length == b"version " {
+            return Err(invalid(HeaderProblem::LfsPointer));
+        }
+        if length[0] == b'{' && matches!(length[1], b'"' | b' ' | b'\n' | b'\r' | b'\t') {
+            return Err(invalid(HeaderProblem::JsonText));
+        }
         let header_bytes = u64::from_le_bytes(length);
         if header_bytes > limits::HEADER_BYTES {
             let limit = limits::HEADER_BYTES;

