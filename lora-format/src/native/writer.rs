@@ -63,7 +63,7 @@ impl OutputTensor<'_> {
 /// The file's first bytes, up to its data, and the tensors that follow, in order.
 ///
 /// # Errors
-/// As [`write`], less the file system's.
+/// As [`write()`], less the file system's.
 pub fn encode(adapter: &Adapter) -> Result<(Vec<u8>, Vec<OutputTensor<'_>>)> {
     let tensors = lay_out(adapter)?;
     let mut digest = Sha256::new();
