@@ -249,7 +249,9 @@ def read_fingerprint(value):
     if algorithm != "samples-1":
         return False
     closed(value, ("algorithm", "targets"), "fingerprint")
-    for target in member(value, "targets", list, required=True, rule="F17"):
+    targets = member(value, "targets", list, required=True, rule="F17")
+    check(len(targets) <= 64, "F17", f"{len(targets)} targets")
+    for target in targets:
         closed(target, ("target", "dtype", "shape", "values"), "a fingerprint's target")
         member(target, "target", str, required=True, rule="F17")
         check(target.get("dtype") in FLOATS, "F17", f"dtype {target.get('dtype')}")
