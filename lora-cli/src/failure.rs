@@ -70,6 +70,9 @@ impl Failure {
 
 impl From<FormatError> for Failure {
     fn from(error: FormatError) -> Failure {
+        if matches!(error, FormatError::Interrupted) {
+            return Failure::Interrupted;
+        }
         let (hint, message) = (format_hint(&error), error.to_string());
         Failure::Error { message, hint, problems: Vec::new() }
     }

@@ -6,9 +6,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use lora_format::io::atomic;
 use lora_merge::engine::Progress;
 
 const STYLE: &str = "{bar:30} {percent:>3} %  {binary_bytes} of {binary_total_bytes}  {binary_bytes_per_sec}  {eta}";
+
+/// Lets Ctrl-C stop the writing of an adapter, which then removes what it has written.
+pub(crate) fn interruptible() {
+    // Fails only if a handler is set already, and one command sets one.
+    let _already_set = ctrlc::set_handler(atomic::interrupt);
+}
 
 /// Runs `work` while a bar shows how much of `total` bytes `progress` has done. Ctrl-C asks the
 /// work to stop.

@@ -140,6 +140,9 @@ pub enum Error {
         /// Its version.
         found: String,
     },
+    /// [`interrupt`](crate::io::atomic::interrupt) was called.
+    #[error("interrupted")]
+    Interrupted,
     /// The output exists and may not be replaced.
     #[error("{}: already exists", path.display())]
     OutputExists {

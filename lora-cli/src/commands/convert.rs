@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use super::{AdapterArguments, WriteArguments, refuse_damaged, refuse_input};
 use crate::failure::{Failure, Outcome};
-use crate::printer;
+use crate::{printer, progress};
 
 /// Convert an adapter to another format without loss
 ///
@@ -103,6 +103,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
     refuse_damaged(&adapter)?;
     refuse_input(&arguments.output, &arguments.adapter)?;
     check_replaced(arguments)?;
+    progress::interruptible();
     let (overwrite, durability) = (arguments.write.overwrite(), arguments.write.durability());
     let (output, format) = match arguments.to {
         Format::Lora => {

@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use super::{AdapterArguments, WriteArguments, refuse_damaged, refuse_input};
 use crate::failure::{Failure, Outcome};
-use crate::printer;
+use crate::{printer, progress};
 
 /// Record sampled values of the base in an adapter, so that merges can tell the right base
 ///
@@ -94,6 +94,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
         samples: fingerprint.targets.iter().map(|target| target.values.len()).sum(),
     };
     adapter.base.fingerprint = Some(fingerprint);
+    progress::interruptible();
     let (overwrite, durability) = (arguments.write.overwrite(), arguments.write.durability());
     native::write(&adapter, &arguments.output, overwrite, durability)?;
     printer::talk(&format!(

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use tempfile::{NamedTempFile, TempDir};
 
@@ -177,6 +178,17 @@ impl StagedDirectory {
     }
 }
 
+/// Bytes written between two looks at [`INTERRUPTED`].
+const CHUNK: usize = 8 << 20;
+
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
+/// Makes every [`write()`] of this process fail with [`Error::Interrupted`], now and from now on; what
+/// they have written is removed. For the signal handler of a program that is about to end.
+pub fn interrupt() {
+    INTERRUPTED.store(true, Ordering::Relaxed);
+}
+
 /// Writes `parts` in order as one file that appears complete or not at all.
 ///
 /// # Errors
@@ -189,8 +201,11 @@ pub fn write(
 ) -> Result<()> {
     let output = AtomicFile::create(destination, overwrite)?;
     let mut writer = std::io::BufWriter::new(output.file());
-    for part in parts {
-        writer.write_all(part).at(destination, "write")?;
+    for chunk in parts.iter().flat_map(|part| part.chunks(CHUNK)) {
+        if INTERRUPTED.load(Ordering::Relaxed) {
+            return Err(Error::Interrupted);
+        }
+        writer.write_all(chunk).at(destination, "write")?;
     }
     writer.flush().at(destination, "write")?;
     drop(writer);
