@@ -231,8 +231,6 @@ pub enum Note {
     ContestedAlpha { module: String, alpha: String },
     /// The configuration gives no alpha; the user's was used.
     AlphaGiven { alpha: String },
-    /// A file of the adapter's directory is not part of the adapter.
-    NotCarried { file: String },
     /// A tensor is in a shard but not in the index.
     NotInIndex { tensor: String, shard: String },
     /// A stale copy: the index places the tensor in another shard.
@@ -261,9 +259,6 @@ impl fmt::Display for Note {
             ),
             Note::AlphaGiven { alpha } => {
                 write!(f, "the adapter records no alpha: {alpha} is used, as given")
-            }
-            Note::NotCarried { file } => {
-                write!(f, "{file} is not part of the adapter and is not carried along")
             }
             Note::NotInIndex { tensor, shard } => {
                 write!(f, "`{tensor}` is in {shard} but not in the index; it is copied and indexed")

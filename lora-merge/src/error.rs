@@ -6,6 +6,8 @@ use std::path::PathBuf;
 
 use lora_format::{Dtype, Shape};
 
+use crate::names::numberless;
+
 /// The result of this crate's operations.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -236,11 +238,7 @@ impl PlanProblem {
     fn kind(&self) -> String {
         let text = self.to_string();
         let text = text.split("; nearest: ").next().unwrap_or_default();
-        let parts = text.split('.').map(|part| {
-            let number = !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit());
-            if number { "*" } else { part }
-        });
-        parts.collect::<Vec<_>>().join(".")
+        numberless(text)
     }
 }
 

@@ -18,6 +18,7 @@ mod error;
 pub mod identity;
 pub mod kernels;
 pub mod layout;
+pub mod names;
 pub mod orientation;
 pub mod output;
 pub mod plan;

@@ -13,6 +13,7 @@ use lora_format::checkpoint::{Checkpoint, Location};
 use lora_format::model::LowRank;
 
 use crate::error::{PlanProblem, ShapeCause};
+use crate::names::is_number;
 use crate::resolve::is_input_embedding;
 
 /// How a weight is stored.
@@ -198,7 +199,7 @@ fn block_of(parameter: &str) -> &str {
     let mut at = 0;
     for part in parameter.split('.') {
         at += part.len();
-        if !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit()) {
+        if is_number(part) {
             end = Some(at);
         }
         at += 1;

@@ -36,22 +36,15 @@ pub struct OutputOptions {
 /// [`lora_format::Error::OutputExists`].
 pub fn check_destination(plan: &MergePlan, assets: &Assets, options: &OutputOptions) -> Result<()> {
     let destination = &options.destination;
-    let output = absolute(destination)?;
+    if !parent_of(destination).is_dir() {
+        return Err(Error::NoDirectory { path: parent_of(destination).to_owned() });
+    }
     let shards = plan.base.shards().iter().map(|shard| shard.file.path());
     let (base, adapter) = (plan.base.path(), plan.adapter.path.as_path());
-    let beside = [peft::MODEL_FILE, peft::CONFIG_FILE]
-        .map(|name| parent_of(adapter).join(name))
-        .into_iter()
-        .filter(|path| adapter.is_file() && path.exists());
-    let beside: Vec<PathBuf> = beside.collect();
-    for input in shards.chain([base, adapter]).chain(beside.iter().map(PathBuf::as_path)) {
-        let input_path = absolute(input)?;
-        // The input itself, a directory that holds it, or a file that an input directory holds.
-        let inside = output.is_file() && output.parent() == Some(&input_path);
-        if input_path.starts_with(&output) || inside {
-            let (output, input) = (destination.clone(), input.to_owned());
-            return Err(Error::OutputIsInput { output, input });
-        }
+    let beside = [peft::MODEL_FILE, peft::CONFIG_FILE].map(|name| parent_of(adapter).join(name));
+    let beside = beside.iter().map(PathBuf::as_path).filter(|_| adapter.is_file());
+    for input in shards.chain([base, adapter]).chain(beside) {
+        refuse_input(destination, input)?;
     }
     if destination.file_name().is_none() {
         let (path, reason) = (destination.clone(), "it has no name of its own".to_owned());
@@ -161,16 +154,21 @@ fn write_json(path: &Path, value: &Map<String, Value>, durability: Durability) -
     finish_file(&file, path, durability)
 }
 
-/// The path with links resolved as far as it exists.
-fn absolute(path: &Path) -> Result<PathBuf> {
-    if let Ok(canonical) = path.canonicalize() {
-        return Ok(canonical);
-    }
-    let parent = parent_of(path);
-    let Ok(parent) = parent.canonicalize() else {
-        return Err(Error::NoDirectory { path: parent.to_owned() });
+/// Refuses an output that is an input, a directory that holds one, or a file that an input
+/// directory holds. One that does not exist yet is none of these.
+///
+/// # Errors
+/// [`Error::OutputIsInput`].
+pub fn refuse_input(output: &Path, input: &Path) -> Result<()> {
+    let (Ok(output_path), Ok(input_path)) = (output.canonicalize(), input.canonicalize()) else {
+        return Ok(());
     };
-    Ok(path.file_name().map_or(parent.clone(), |name| parent.join(name)))
+    let inside = output_path.is_file() && output_path.parent() == Some(&input_path);
+    if input_path.starts_with(&output_path) || inside {
+        let (output, input) = (output.to_owned(), input.to_owned());
+        return Err(Error::OutputIsInput { output, input });
+    }
+    Ok(())
 }
 
 /// Why what stands at the destination may not be replaced even on request: only a file by a file,

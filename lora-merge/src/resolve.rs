@@ -21,6 +21,7 @@ use std::collections::hash_map::{Entry, HashMap};
 use lora_format::checkpoint::{Checkpoint, Location};
 
 use crate::error::PlanProblem;
+use crate::names::is_number;
 
 /// Module names that add nothing but a level: a difference in these is a difference of wrappers.
 const WRAPPERS: [&str; 13] = [
@@ -272,7 +273,7 @@ fn prefix_before(name: &str, suffix: usize) -> String {
 }
 
 fn has_number(prefix: &str) -> bool {
-    prefix.split('.').any(|part| !part.is_empty() && part.bytes().all(|b| b.is_ascii_digit()))
+    prefix.split('.').any(is_number)
 }
 
 fn compare_reversed(a: &str, b: &str) -> Ordering {

@@ -378,3 +378,25 @@ fn an_adapter_of_36_096_experts_stays_small() {
     let seconds = started.elapsed().as_secs_f64();
     println!("header of {header} bytes; written, read and compared in {seconds:.2} s");
 }
+
+/// An adapter whose file changes while it is copied gives no output: neither of ours nor of PEFT's.
+#[test]
+fn a_changed_input_leaves_no_output() {
+    use lora_format::codec::peft;
+    use lora_format::io::atomic::{Durability, Overwrite};
+    let scratch = tempfile::tempdir().unwrap();
+    let source = scratch.path().join("source.safetensors");
+    std::fs::copy(&vectors()[0], &source).unwrap();
+    let adapter = read(&source).unwrap();
+    let mut bytes = std::fs::read(&source).unwrap();
+    bytes.push(0);
+    std::fs::write(&source, bytes).unwrap();
+    let output = scratch.path().join("output");
+    for error in [
+        native::write(&adapter, &output, Overwrite::Never, Durability::Cached).unwrap_err(),
+        peft::write_directory(&adapter, &output, Overwrite::Never, Durability::Cached).unwrap_err(),
+    ] {
+        assert!(error.to_string().contains("changed while it was being read"), "{error}");
+    }
+    assert_eq!(std::fs::read_dir(scratch.path()).unwrap().count(), 1);
+}

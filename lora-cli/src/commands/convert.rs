@@ -6,9 +6,10 @@ use clap::{Args, ValueEnum};
 use lora_format::codec::peft;
 use lora_format::model::AdapterFormat;
 use lora_format::native;
+use lora_merge::output::refuse_input;
 use serde::Serialize;
 
-use super::{AdapterArguments, WriteArguments, refuse_damaged, refuse_input};
+use super::{AdapterArguments, WriteArguments, refuse_damaged};
 use crate::failure::{Failure, Outcome};
 use crate::{printer, progress};
 
@@ -119,7 +120,6 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
     if !not_carried.is_empty() {
         printer::talk(&format!("note: not carried along: {}", not_carried.join(", ")));
     }
-    adapter.ensure_unchanged()?;
     printer::talk(&format!(
         "read {} ({}), wrote {} ({format}): {} targets",
         arguments.adapter.display(),

@@ -11,11 +11,11 @@ use lora_format::model::{Adapter, AdapterFormat, Form};
 use lora_format::native::{self, DigestVerdict};
 use lora_format::{DetectProblem, Error};
 use lora_merge::Bytes;
+use lora_merge::names::numberless;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
 use super::AdapterArguments;
-use super::merge::numberless;
 use crate::failure::{Failure, Outcome};
 use crate::printer;
 

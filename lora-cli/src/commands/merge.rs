@@ -14,6 +14,7 @@ use lora_format::model::LowRank;
 use lora_merge::assets::{Assets, TokenizerSource};
 use lora_merge::engine::{Progress, RoundingMode, RunOptions};
 use lora_merge::kernels::Isa;
+use lora_merge::names::numberless;
 use lora_merge::output::{self, OutputOptions};
 use lora_merge::report::{MergeReport, Realised};
 use lora_merge::{Bytes, MergeOptions, MergePlan};
@@ -172,7 +173,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
     let seconds = started.elapsed().as_secs_f64();
     summarise(arguments, &assets, &output, &report, seconds);
     if arguments.json {
-        let mut json = JsonReport::new(arguments, &plan, &assets, &output, "merged");
+        let mut json = JsonReport::new(arguments, &plan, &assets, &output, &run, "merged");
         json.fill(&report, seconds);
         json.warnings.extend(rounding_warnings(arguments, &report));
         printer::json(&json)?;
@@ -322,7 +323,7 @@ fn dry_run(
     run: &RunOptions,
 ) -> Result<Outcome, Failure> {
     if arguments.json {
-        printer::json(&JsonReport::new(arguments, plan, assets, output, "planned"))?;
+        printer::json(&JsonReport::new(arguments, plan, assets, output, run, "planned"))?;
         return Ok(Outcome::Done);
     }
     let mut text = format!(
@@ -361,14 +362,10 @@ fn job_counts(plan: &MergePlan) -> (usize, usize) {
 /// The bound that the benchmark holds the engine to.
 fn memory_bound(plan: &MergePlan, run: &RunOptions) -> u64 {
     const MIB: u64 = 1 << 20;
-    let threads = match run.threads {
-        0 => std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
-        threads => threads,
-    };
     let factors = plan.targets.iter().filter_map(|target| plan.factors(target));
     let adapter: u64 = factors.map(|f| 4 * (f.a.elements() + f.b.elements()) as u64).sum();
     let headers: u64 = plan.base.shards().iter().map(|shard| shard.file.header().data_start).sum();
-    64 * MIB + 4 * MIB * threads as u64 + adapter + 4 * headers
+    64 * MIB + 4 * MIB * run.workers() as u64 + adapter + 4 * headers
 }
 
 /// Targets that differ only in their layer number, a line together.
@@ -391,13 +388,6 @@ fn target_table(plan: &MergePlan) -> String {
         .iter()
         .map(|((name, what), count)| format!("  {count:>5} × {name:width$}  {what}\n"));
     lines.collect()
-}
-
-/// A name with its numbers replaced by `*`.
-pub(super) fn numberless(name: &str) -> String {
-    let is_number = |part: &str| !part.is_empty() && part.bytes().all(|b| b.is_ascii_digit());
-    let parts = name.split('.').map(|part| if is_number(part) { "*" } else { part });
-    parts.collect::<Vec<_>>().join(".")
 }
 
 fn summarise(
@@ -615,11 +605,11 @@ impl JsonReport {
         plan: &MergePlan,
         assets: &Assets,
         output: &OutputOptions,
+        run: &RunOptions,
         status: &'static str,
     ) -> JsonReport {
         let (copied, converted) = job_counts(plan);
         let stochastic = arguments.rounding == RoundingChoice::Stochastic;
-        let run = RunOptions { threads: arguments.threads, ..RunOptions::default() };
         JsonReport {
             schema: "lora-cli/merge/1",
             status,
@@ -656,7 +646,7 @@ impl JsonReport {
                 .collect(),
             notes: plan.notes.iter().map(ToString::to_string).collect(),
             warnings: identity_warning(plan).into_iter().collect(),
-            memory_bound_bytes: memory_bound(plan, &run),
+            memory_bound_bytes: memory_bound(plan, run),
             seconds: None,
             threads: None,
             realised: None,

@@ -5,8 +5,6 @@ pub(crate) mod inspect;
 pub(crate) mod merge;
 pub(crate) mod stamp;
 
-use std::path::Path;
-
 use clap::Args;
 use lora_format::container::safetensors::SafetensorsFile;
 use lora_format::io::atomic::{Durability, Overwrite};
@@ -49,24 +47,6 @@ pub(crate) fn refuse_damaged(adapter: &Adapter) -> Result<(), Failure> {
             Err(Failure::new(message, Some("fetch the file again, or restore it from a copy")))
         }
     }
-}
-
-/// Refuses an output that is, holds, or lies as a file directly in an input, whatever `--force`
-/// says.
-pub(crate) fn refuse_input(output: &Path, input: &Path) -> Result<(), Failure> {
-    let (Ok(absolute_output), Ok(absolute)) = (output.canonicalize(), input.canonicalize()) else {
-        return Ok(());
-    };
-    let inside = absolute_output.is_file() && absolute_output.parent() == Some(&absolute);
-    if !absolute.starts_with(&absolute_output) && !inside {
-        return Ok(());
-    }
-    let message = format!(
-        "{}: the output would replace or change the input {}",
-        output.display(),
-        input.display()
-    );
-    Err(Failure::new(message, Some("choose another -o")))
 }
 
 /// What every command that writes takes.

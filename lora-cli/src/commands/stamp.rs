@@ -7,9 +7,10 @@ use lora_format::checkpoint::Checkpoint;
 use lora_format::fingerprint::{self, Fingerprint, Verdict};
 use lora_format::model::AdapterFormat;
 use lora_format::native;
+use lora_merge::output::refuse_input;
 use serde::Serialize;
 
-use super::{AdapterArguments, WriteArguments, refuse_damaged, refuse_input};
+use super::{AdapterArguments, WriteArguments, refuse_damaged};
 use crate::failure::{Failure, Outcome};
 use crate::{printer, progress};
 

@@ -524,6 +524,7 @@ pub fn write_directory(
     let inside = |name| staging.path().join(name);
     atomic::write(&inside(MODEL_FILE), &parts, Overwrite::Never, durability)?;
     atomic::write(&inside(CONFIG_FILE), &[text.as_bytes()], Overwrite::Never, durability)?;
+    adapter.ensure_unchanged()?;
     staging.commit(durability)
 }
 

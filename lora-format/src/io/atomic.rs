@@ -64,6 +64,21 @@ impl AtomicFile {
         self.temporary.as_file()
     }
 
+    /// Appends `parts` in order.
+    ///
+    /// # Errors
+    /// [`Error::Io`], or [`Error::Interrupted`] after [`interrupt`].
+    pub fn write_parts(&self, parts: &[&[u8]]) -> Result<()> {
+        let mut writer = std::io::BufWriter::new(self.file());
+        for chunk in parts.iter().flat_map(|part| part.chunks(CHUNK)) {
+            if INTERRUPTED.load(Ordering::Relaxed) {
+                return Err(Error::Interrupted);
+            }
+            writer.write_all(chunk).at(&self.destination, "write")?;
+        }
+        writer.flush().at(&self.destination, "write")
+    }
+
     /// Where the temporary file is.
     pub fn temporary_path(&self) -> &Path {
         self.temporary.path()
@@ -183,8 +198,8 @@ const CHUNK: usize = 8 << 20;
 
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
-/// Makes every [`write()`] of this process fail with [`Error::Interrupted`], now and from now on; what
-/// they have written is removed. For the signal handler of a program that is about to end.
+/// Makes every [`AtomicFile::write_parts`] of this process fail with [`Error::Interrupted`], now and
+/// from now on; what was written is removed. For the signal handler of a program about to end.
 pub fn interrupt() {
     INTERRUPTED.store(true, Ordering::Relaxed);
 }
@@ -200,15 +215,7 @@ pub fn write(
     durability: Durability,
 ) -> Result<()> {
     let output = AtomicFile::create(destination, overwrite)?;
-    let mut writer = std::io::BufWriter::new(output.file());
-    for chunk in parts.iter().flat_map(|part| part.chunks(CHUNK)) {
-        if INTERRUPTED.load(Ordering::Relaxed) {
-            return Err(Error::Interrupted);
-        }
-        writer.write_all(chunk).at(destination, "write")?;
-    }
-    writer.flush().at(destination, "write")?;
-    drop(writer);
+    output.write_parts(parts)?;
     output.commit(durability)
 }
 

@@ -15,7 +15,7 @@ use crate::container::safetensors::{Declared, encode_header, storage_order};
 use crate::dtype::Dtype;
 use crate::error::{AdapterProblem, Error, Result};
 use crate::fingerprint::ALGORITHM;
-use crate::io::atomic::{self, Durability, Overwrite};
+use crate::io::atomic::{AtomicFile, Durability, Overwrite};
 use crate::model::{Adapter, Form, Scaling};
 
 /// Writes an adapter as one file, complete or not at all.
@@ -32,7 +32,10 @@ pub fn write(
     let (header, tensors) = encode(adapter)?;
     let mut parts: Vec<&[u8]> = vec![&header];
     parts.extend(tensors.iter().map(OutputTensor::bytes));
-    atomic::write(destination, &parts, overwrite, durability)
+    let output = AtomicFile::create(destination, overwrite)?;
+    output.write_parts(&parts)?;
+    adapter.ensure_unchanged()?;
+    output.commit(durability)
 }
 
 /// A tensor as it will be stored.

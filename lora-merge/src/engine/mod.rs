@@ -57,6 +57,16 @@ impl Default for RunOptions {
     }
 }
 
+impl RunOptions {
+    /// The number of worker threads, counted where it was left open.
+    pub fn workers(&self) -> usize {
+        match self.threads {
+            0 => std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
+            threads => threads,
+        }
+    }
+}
+
 /// Base and output tile together stay within a core's second-level cache.
 pub const DEFAULT_TILE_BYTES: usize = 512 * 1024;
 
@@ -161,11 +171,7 @@ pub(crate) fn fill(
         failure: Mutex::new(None),
         work,
     };
-    let threads = match options.threads {
-        0 => std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
-        threads => threads,
-    };
-    let threads = threads.clamp(1, engine.work.len().max(1));
+    let threads = options.workers().clamp(1, engine.work.len().max(1));
     std::thread::scope(|scope| {
         for _ in 1..threads {
             scope.spawn(|| engine.work());
