@@ -1,4 +1,4 @@
-//! The two low-rank factors of one tensor, packed for the kernels.
+//! The low-rank factors of one tensor, packed for the kernels.
 //!
 //! Owns the layout (`right` in panels of [`PANEL`] columns) and the choice of
 //! accumulation path, which looks at the data and at nothing else: the same
@@ -25,8 +25,17 @@ pub(crate) const CHUNK: usize = 64;
 pub enum Path {
     /// One `f32` chain, the scale folded into the left factor exactly.
     F32,
-    /// `f32` chains of 64 ranks summed in `f64`, then one fused `f64` multiply-add.
+    /// `f32` chains of at most 64 ranks, scaled and summed in `f64`.
     F64,
+}
+
+/// A run of ranks that share a scale: one of several low-rank terms of a tensor.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Segment {
+    /// How many ranks, following those of the segment before.
+    pub ranks: usize,
+    /// What multiplies their product.
+    pub scale: f64,
 }
 
 /// One row `k` of a panel: `right[k, 48·panel ..][..48]`, zero-padded, on a
@@ -39,14 +48,17 @@ pub(crate) struct PanelRow(pub(crate) [[f32; LANES]; GROUPS]);
 ///
 /// `left` is rows×rank and `right` is rank×cols. For a linear layer those are
 /// B (out×r) and A (r×in); for a transposed (Conv1D) weight, Aᵀ and Bᵀ.
+/// Several terms of one tensor lie side by side: their ranks follow each other,
+/// and a [`Segment`] says which scale belongs to which.
 #[derive(Clone, Debug)]
 pub struct Factors {
     rows: usize,
     cols: usize,
     rank: usize,
-    scale: f64,
+    /// Each with at least one rank, unless it is the only one.
+    segments: Vec<Segment>,
     path: Path,
-    /// rows×rank, row-major; already multiplied by the scale on [`Path::F32`].
+    /// rows×rank, row-major; already multiplied by the scales on [`Path::F32`].
     left: Vec<f32>,
     /// Panel after panel, `rank` rows each.
     right: Vec<PanelRow>,
@@ -84,13 +96,40 @@ impl Factors {
         rows: usize,
         cols: usize,
         rank: usize,
-        mut left: Vec<f32>,
+        left: Vec<f32>,
         scale: f64,
+        fill: impl FnMut(usize, Range<usize>, &mut [f32]),
+    ) -> Self {
+        Self::pack_segments(rows, cols, &[Segment { ranks: rank, scale }], left, fill)
+    }
+
+    /// As [`Factors::pack`], for the sum of several terms: the ranks of `segments` follow each
+    /// other in the columns of `left` and in the `k` of `fill`, and each segment has its own scale.
+    ///
+    /// Segments without ranks are left out, except a single one: it is what [`Factors::pack`]
+    /// makes of rank 0.
+    ///
+    /// # Panics
+    ///
+    /// If `left` does not have the length its shape says.
+    #[must_use]
+    pub fn pack_segments(
+        rows: usize,
+        cols: usize,
+        segments: &[Segment],
+        mut left: Vec<f32>,
         mut fill: impl FnMut(usize, Range<usize>, &mut [f32]),
     ) -> Self {
-        assert_eq!(Some(left.len()), rows.checked_mul(rank), "left factor is not rows×rank");
-        let path =
-            if rank <= CHUNK && scale_exactly(&mut left, scale) { Path::F32 } else { Path::F64 };
+        let segments = match segments {
+            [only] => vec![*only],
+            several => several.iter().copied().filter(|segment| segment.ranks > 0).collect(),
+        };
+        let rank = segments.iter().try_fold(0_usize, |rank, next| rank.checked_add(next.ranks));
+        let elements = rank.and_then(|rank| rows.checked_mul(rank));
+        assert_eq!(Some(left.len()), elements, "left factor is not rows×rank");
+        let rank = rank.unwrap_or_default();
+        let exact = rank <= CHUNK && scale_exactly(&mut left, &segments);
+        let path = if exact { Path::F32 } else { Path::F64 };
         let panels = cols.div_ceil(PANEL);
         let mut right = Vec::with_capacity(panels * rank);
         for panel in 0..panels {
@@ -102,7 +141,7 @@ impl Factors {
                 right.push(row);
             }
         }
-        Self { rows, cols, rank, scale, path, left, right }
+        Self { rows, cols, rank, segments, path, left, right }
     }
 
     /// Rows of the whole tensor.
@@ -117,16 +156,26 @@ impl Factors {
         self.cols
     }
 
-    /// Inner dimension of the product.
+    /// Inner dimension of the product: the ranks of all segments.
     #[must_use]
     pub fn rank(&self) -> usize {
         self.rank
     }
 
-    /// The scale Δ carries.
+    /// The terms of the sum, in order.
+    #[must_use]
+    pub fn segments(&self) -> &[Segment] {
+        &self.segments
+    }
+
+    /// The scale Δ carries: that of the only segment. Several are scaled before they are summed,
+    /// and their sum carries the scale 1.
     #[must_use]
     pub fn scale(&self) -> f64 {
-        self.scale
+        match self.segments[..] {
+            [only] => only.scale,
+            _ => 1.0,
+        }
     }
 
     /// The accumulation path this tensor takes.
@@ -138,7 +187,9 @@ impl Factors {
     /// Bytes held on the heap, for a memory budget.
     #[must_use]
     pub fn heap_bytes(&self) -> usize {
-        self.left.capacity() * size_of::<f32>() + self.right.capacity() * size_of::<PanelRow>()
+        self.segments.capacity() * size_of::<Segment>()
+            + self.left.capacity() * size_of::<f32>()
+            + self.right.capacity() * size_of::<PanelRow>()
     }
 
     /// Row `row` of the left factor, `rank` long.
@@ -154,21 +205,36 @@ impl Factors {
     }
 }
 
-/// Multiplies `left` by a scale that is a power of two if no element rounds; else leaves it alone
-/// and says so.
-fn scale_exactly(left: &mut [f32], scale: f64) -> bool {
-    const MANTISSA: u64 = (1 << 52) - 1;
-    // Powers of two beyond f32's own range could underflow even in f64.
-    let reasonable = (f64::from(f32::MIN_POSITIVE)..=2f64.powi(127)).contains(&scale.abs());
-    let scaled = |element: f32| (f64::from(element) * scale) as f32;
-    let exact = reasonable
-        && scale.to_bits() & MANTISSA == 0
-        // False for NaN, which therefore takes the other path.
-        && left.iter().all(|&element| f64::from(scaled(element)) == f64::from(element) * scale);
+/// Multiplies every segment of `left` by its scale, if all scales are powers of two and no element
+/// rounds; else leaves `left` alone and says so.
+fn scale_exactly(left: &mut [f32], segments: &[Segment]) -> bool {
+    let scales: Vec<f64> = segments
+        .iter()
+        .flat_map(|segment| std::iter::repeat_n(segment.scale, segment.ranks))
+        .collect();
+    // Rank 0 has no rows to speak of, and chunks of zero elements do not exist.
+    let rank = scales.len().max(1);
+    let scaled = |element: f32, scale: f64| (f64::from(element) * scale) as f32;
+    // False for NaN, which therefore takes the other path.
+    let is_exact = |(&element, &scale): (&f32, &f64)| {
+        f64::from(scaled(element, scale)) == f64::from(element) * scale
+    };
+    let exact = segments.iter().all(|segment| is_foldable(segment.scale))
+        && left.chunks_exact(rank).all(|row| row.iter().zip(&scales).all(is_exact));
     if exact {
-        for element in left.iter_mut() {
-            *element = scaled(*element);
+        for row in left.chunks_exact_mut(rank) {
+            for (element, scale) in row.iter_mut().zip(&scales) {
+                *element = scaled(*element, *scale);
+            }
         }
     }
     exact
+}
+
+/// Whether `scale` is a power of two, up to its sign, with a normal `f32` for its value. Powers
+/// beyond could underflow even in `f64`.
+fn is_foldable(scale: f64) -> bool {
+    const MANTISSA: u64 = (1 << 52) - 1;
+    (f64::from(f32::MIN_POSITIVE)..=2f64.powi(127)).contains(&scale.abs())
+        && scale.to_bits() & MANTISSA == 0
 }

@@ -1,14 +1,16 @@
 //! The kernels: one tile of a base tensor in, one merged tile out.
 //!
 //! ```text
-//! W′[m,n] = W0[m,n] + s · Σₖ L[m,k]·R[k,n]
+//! W′[m,n] = W0[m,n] + Δ[m,n]        Δ[m,n] = Σⱼ sⱼ · Σₖ L[m,k]·R[k,n]
 //! ```
 //!
-//! [`Factors`] holds `s`, `L` (rows×rank) and `R` (rank×cols) of one tensor;
-//! [`merge_tile`] applies them to a rectangle of `W0`; [`convert`] moves a
-//! tensor no adapter touches to another storage type. Elements are f32, f16 or
-//! bf16, little-endian, at any alignment. Nothing here reads a file, starts a
-//! thread or allocates per tile.
+//! [`Factors`] holds `L` (rows×rank) and `R` (rank×cols) of one tensor. Their
+//! ranks `k` are divided into segments `j`, one for each low-rank term, with a
+//! scale `sⱼ` each; as a rule there is one. [`merge_tile`] applies them to a
+//! rectangle of `W0`. [`product_tile`] writes Δ itself, and [`add_tile`] applies
+//! a Δ that comes from elsewhere. [`convert`] moves a tensor no adapter touches
+//! to another storage type. Elements are f32, f16 or bf16, little-endian, at any
+//! alignment. Nothing here reads a file, starts a thread or allocates per tile.
 //!
 //! | file            | owns                                                  |
 //! |-----------------|-------------------------------------------------------|
@@ -36,16 +38,25 @@
 //!
 //! The path is chosen once per tensor, from the factors alone.
 //!
-//! * **[`Path::F32`]** if the rank is at most 64, `s` is ±2ⁱ with
-//!   2⁻¹²⁶ ≤ |s| ≤ 2¹²⁷, and every `s·L[m,k]` is exact in f32. With
-//!   `L′ = s·L`, starting from `a = +0`, for k = 0, 1, … in order:
+//! Segments without ranks are left out, unless there is only one segment to
+//! begin with.
+//!
+//! * **[`Path::F32`]** if the rank, of all segments together, is at most 64,
+//!   every `sⱼ` is ±2ⁱ with 2⁻¹²⁶ ≤ |sⱼ| ≤ 2¹²⁷, and every `sⱼ·L[m,k]` is exact
+//!   in f32. With `L′[m,k] = sⱼ·L[m,k]` for the `j` that `k` belongs to, starting
+//!   from `a = +0`, for k = 0, 1, … in order, whatever the segment:
 //!   `a ← fma(L′[m,k], R[k,n], a)` in f32. Then `Δ = a`, and `v = W0 + Δ` as
 //!   the exact sum of two real numbers.
-//! * **[`Path::F64`]** otherwise. The ranks are cut, in order, into chunks of
-//!   64, the last one perhaps shorter. Every chunk is an f32 chain as above,
-//!   over `L` as given. The chunks' results are widened and added in order in
-//!   f64, beginning with the first: `S`. (Without ranks, `S = +0`.) Then
-//!   `Δ = s·S`, rounded to f64, and `v = fma(s, S, W0)` in f64.
+//! * **[`Path::F64`]** otherwise. The ranks of every segment are cut, in order,
+//!   into chunks of 64, the last one perhaps shorter; no chunk holds ranks of
+//!   two segments. Every chunk is an f32 chain as above, over `L` as given. The
+//!   results of a segment's chunks are widened and added in order in f64,
+//!   beginning with the first: `Sⱼ`. (Without ranks, `Sⱼ = +0`.)
+//!   * One segment: with `s` and `S` its `s₀` and `S₀`, `Δ = s·S`, rounded to
+//!     f64, and `v = fma(s, S, W0)` in f64.
+//!   * Several: the products `sⱼ·Sⱼ`, each rounded to f64, are added in order
+//!     of j in f64, beginning with the first: `S`. Then `Δ = S`, and
+//!     `v = W0 + S` in f64, which is the rule for one segment with `s = 1`.
 //!
 //! ## Elements
 //!
@@ -95,17 +106,54 @@
 //! end of the tile are added in order of lane, from +0. A NaN sum becomes the
 //! positive quiet NaN.
 //!
+//! ## Δ on its own
+//!
+//! [`product_tile`] writes Δ as an f64: on [`Path::F32`] the chain's result,
+//! widened, on [`Path::F64`] as above. A NaN is written as the positive quiet
+//! NaN without payload.
+//!
+//! [`add_tile`] takes Δ as it is given, any f64, and `v = W0 + Δ` in f64.
+//! Elements and statistics follow the rules above.
+//!
+//! The one after the other is [`merge_tile`], bytes and statistics, wherever
+//! `v` is the same:
+//!
+//! * On [`Path::F32`], `v` is rounded to f64 before it is rounded to the output
+//!   type. That makes no difference to [`Rounding::Stochastic`], nor to an
+//!   output of f32, of whose sums f64 holds enough (53 ≥ 2·24 + 2 bits). To
+//!   nearest and to 16 bits it does where the f64 is a tie and the exact sum is
+//!   not, which takes a W0 and a Δ whose magnitudes are 2²⁸ apart or more.
+//! * On [`Path::F64`] with one segment, `Δ = s·S` has been rounded, which the
+//!   fused `v` avoids. They agree where that product is exact, as it is for a
+//!   scale of ±2ⁱ short of underflow.
+//! * On [`Path::F64`] with several segments they always agree.
+//!
 //! # Accuracy
 //!
-//! With u the unit roundoff of the output type, v₃₂ = 2⁻²⁴ and
-//! γ = n·v₃₂ / (1 − n·v₃₂) for n = min(rank, 64),
+//! Let u be the unit roundoff of the output type, v₃₂ = 2⁻²⁴, and
+//! γ = n·v₃₂ / (1 − n·v₃₂), where n is the length of the longest chain: the rank
+//! on [`Path::F32`], the ranks of the largest segment but at most 64 on
+//! [`Path::F64`]. With `Δ*` the exact Σⱼ sⱼ·Lⱼ·Rⱼ, rounding to nearest,
 //!
 //! ```text
-//! |W′ − (W0 + s·L·R)| ≤ u·|W0 + s·L·R| + (1 + u)·γ·|s|·|L|·|R|
+//! |Δ − Δ*|         ≤ γ·T        where T = Σⱼ |sⱼ|·|Lⱼ|·|Rⱼ|
+//! |W′ − (W0 + Δ*)| ≤ u·|W0 + Δ*| + (1 + u)·γ·T
 //! ```
 //!
-//! up to overflow, underflow and the f64 roundings of [`Path::F64`], which
-//! are smaller by nine digits.
+//! up to overflow, underflow and the f64 roundings of [`Path::F64`] and of
+//! [`add_tile`]: with c chunks in all segments together, at most c roundings of
+//! every term and one of `v`, each 2⁻²⁹ of one in f32.
+//!
+//! Proof. A chain of n steps rounds n times, and the term that enters at step k
+//! lives through the n − k roundings from there on. So the chain's result is
+//! Σ L·R·(1 + θ) with |θ| ≤ γ for every term, and its error at most γ·|L|·|R|.
+//! On [`Path::F32`] there is one chain and the scales are in it exactly. On
+//! [`Path::F64`] scaling the chains' results and adding them scales and adds
+//! the bounds, which gives γ·T. A term of a segment of c′ chunks is rounded in
+//! c′ − 1 sums of chunks, in one product, and in one sum for every further
+//! segment, of which there are at most c − c′: that is c. Finally `v` is off by
+//! at most γ·T, and rounding it adds at most
+//! u·|v| ≤ u·(|W0 + Δ*| + γ·T). ∎
 
 mod environment;
 mod factors;
@@ -132,7 +180,7 @@ mod native;
 mod native;
 
 pub use environment::with_ieee_floats;
-pub use factors::{Factors, LANES, PANEL, Path};
+pub use factors::{Factors, LANES, PANEL, Path, Segment};
 pub use float::FloatType;
 pub use isa::{Isa, UnknownIsa};
 pub use stats::{ConvertStats, TileStats};
@@ -183,20 +231,36 @@ impl TileRegion {
         Self { row, rows, col: 0, cols: factors.cols() }
     }
 
-    fn fits(&self, factors: &Factors) -> bool {
-        let rows_fit = self.row.checked_add(self.rows).is_some_and(|end| end <= factors.rows());
+    fn fits(&self, rows: usize, cols: usize) -> bool {
+        let rows_fit = self.row.checked_add(self.rows).is_some_and(|end| end <= rows);
         let end = self.col.checked_add(self.cols);
-        let cols_fit = end.is_some_and(|end| end <= factors.cols());
+        let cols_fit = end.is_some_and(|end| end <= cols);
         let aligned = self.col.is_multiple_of(PANEL)
-            && (self.cols.is_multiple_of(PANEL) || end == Some(factors.cols()));
+            && (self.cols.is_multiple_of(PANEL) || end == Some(cols));
         rows_fit && cols_fit && aligned
     }
+
+    fn elements(&self) -> Option<usize> {
+        self.rows.checked_mul(self.cols)
+    }
+}
+
+/// Where the Δ of a tile comes from.
+#[derive(Clone, Copy)]
+pub(crate) enum Source<'a> {
+    /// It is the product of these.
+    Factors(&'a Factors),
+    /// It was computed elsewhere: as many elements as the region has, in its
+    /// order.
+    Given(&'a [f64]),
 }
 
 /// Everything a kernel needs to know about one call, checked.
 #[derive(Clone, Copy)]
 pub(crate) struct Tile<'a> {
-    factors: &'a Factors,
+    source: Source<'a>,
+    /// Columns of the whole tensor.
+    cols: usize,
     region: TileRegion,
     base: &'a [u8],
     base_type: FloatType,
@@ -204,7 +268,22 @@ pub(crate) struct Tile<'a> {
     rounding: Rounding,
 }
 
-/// Merges one tile: `out = base + scale·left·right` over `region`.
+impl Tile<'_> {
+    /// Merges the tile, once the buffers are known to fit it.
+    fn merge(&self, isa: Isa, out: &mut [u8]) -> TileStats {
+        let &Self { region, base, base_type, out_type, .. } = self;
+        let bytes = |float: FloatType| region.elements()?.checked_mul(float.size());
+        assert_eq!(Some(base.len()), bytes(base_type), "base is not rows×cols of its type");
+        assert_eq!(Some(out.len()), bytes(out_type), "out is not rows×cols of its type");
+        with_ieee_floats(|| match native::merge_tile(isa, self, out) {
+            Some(stats) => stats,
+            None => scalar::merge_tile(self, out),
+        })
+    }
+}
+
+/// Merges one tile: `out = base + Δ` over `region`, with Δ the product of the
+/// factors.
 ///
 /// `base` and `out` are `region.rows × region.cols` little-endian elements,
 /// row-major without gaps, at any alignment. The bytes written and the
@@ -225,15 +304,57 @@ pub fn merge_tile(
     out_type: FloatType,
     rounding: Rounding,
 ) -> TileStats {
-    assert!(region.fits(factors), "{region:?} is not a tile of this tensor");
-    let bytes = |float: FloatType| region.rows.checked_mul(region.cols)?.checked_mul(float.size());
-    assert_eq!(Some(base.len()), bytes(base_type), "base is not rows×cols of its type");
-    assert_eq!(Some(out.len()), bytes(out_type), "out is not rows×cols of its type");
-    let tile = Tile { factors, region, base, base_type, out_type, rounding };
-    with_ieee_floats(|| match native::merge_tile(isa, &tile, out) {
-        Some(stats) => stats,
-        None => scalar::merge_tile(&tile, out),
-    })
+    let (rows, cols) = (factors.rows(), factors.cols());
+    assert!(region.fits(rows, cols), "{region:?} is not a tile of this tensor");
+    let source = Source::Factors(factors);
+    Tile { source, cols, region, base, base_type, out_type, rounding }.merge(isa, out)
+}
+
+/// Writes the Δ that [`merge_tile`] would add over `region`: `out` becomes its
+/// `region.rows × region.cols` elements, row-major without gaps.
+///
+/// The bits written are the same for every `isa`.
+///
+/// # Panics
+///
+/// If the region does not fit the tensor, or `out` does not fit the region.
+pub fn product_tile(isa: Isa, factors: &Factors, region: TileRegion, out: &mut [f64]) {
+    let (rows, cols) = (factors.rows(), factors.cols());
+    assert!(region.fits(rows, cols), "{region:?} is not a tile of this tensor");
+    assert_eq!(Some(out.len()), region.elements(), "out is not rows×cols");
+    with_ieee_floats(|| match native::product_tile(isa, factors, region, out) {
+        Some(()) => {}
+        None => scalar::product_tile(factors, region, out),
+    });
+}
+
+/// Merges one tile with a Δ that was computed elsewhere: `out = base + delta`
+/// over `region`, a tile of a tensor of `cols` columns.
+///
+/// `delta` has `region.rows × region.cols` elements, row-major without gaps, of
+/// any value. Otherwise as [`merge_tile`].
+///
+/// # Panics
+///
+/// If the region does not fit the columns, or a buffer does not fit the region.
+#[allow(clippy::too_many_arguments, reason = "three buffers and what relates them")]
+pub fn add_tile(
+    isa: Isa,
+    cols: usize,
+    region: TileRegion,
+    delta: &[f64],
+    base: &[u8],
+    base_type: FloatType,
+    out: &mut [u8],
+    out_type: FloatType,
+    rounding: Rounding,
+) -> TileStats {
+    // As many rows as can be counted element by element.
+    let rows = usize::MAX / cols.max(1);
+    assert!(region.fits(rows, cols), "{region:?} is not a tile of this tensor");
+    assert_eq!(Some(delta.len()), region.elements(), "delta is not rows×cols");
+    let source = Source::Given(delta);
+    Tile { source, cols, region, base, base_type, out_type, rounding }.merge(isa, out)
 }
 
 /// Converts a tensor no adapter touches: to nearest, ties to even, NaN

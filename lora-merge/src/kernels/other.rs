@@ -1,7 +1,7 @@
 //! Targets without vector code: everything runs as [`Isa::Scalar`].
 
 use super::stats::{ConvertStats, TileStats};
-use super::{FloatType, Isa, Tile};
+use super::{Factors, FloatType, Isa, Tile, TileRegion};
 
 /// No control register is known here, so there is nothing to save.
 pub(crate) type Control = u32;
@@ -22,6 +22,10 @@ pub(crate) fn supports(_: Isa) -> bool {
 }
 
 pub(crate) fn merge_tile(_: Isa, _: &Tile<'_>, _: &mut [u8]) -> Option<TileStats> {
+    None
+}
+
+pub(crate) fn product_tile(_: Isa, _: &Factors, _: TileRegion, _: &mut [f64]) -> Option<()> {
     None
 }
 

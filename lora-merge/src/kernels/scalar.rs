@@ -6,15 +6,16 @@
 
 use super::factors::{CHUNK, Factors, GROUPS, LANES, PANEL, Path};
 use super::float::FloatType;
-use super::stats::{ConvertStats, LaneSums, Tally, TileStats};
-use super::{ROW_GROUP, Rounding, Tile, UNIT_ROWS, stochastic};
+use super::stats::{ConvertStats, LaneSums, Tally, TileStats, canonical};
+use super::{ROW_GROUP, Rounding, Source, Tile, TileRegion, UNIT_ROWS, stochastic};
 
 /// Δ of one element, as its accumulation path left it.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Delta {
     /// [`Path::F32`]: Δ itself.
     Single(f32),
-    /// [`Path::F64`]: Δ is `scale · sum`, to be fused with the base.
+    /// [`Path::F64`] and Δ computed elsewhere: Δ is `scale · sum`, to be fused
+    /// with the base. Where there is no scale it is 1, and nothing is fused.
     Double { sum: f64, scale: f64 },
 }
 
@@ -25,6 +26,14 @@ impl Delta {
         match self {
             Self::Single(delta) => delta == 0.0,
             Self::Double { sum, scale } => scale * sum == 0.0,
+        }
+    }
+
+    /// Δ itself.
+    fn value(self) -> f64 {
+        match self {
+            Self::Single(delta) => f64::from(delta),
+            Self::Double { sum, scale } => scale * sum,
         }
     }
 
@@ -165,7 +174,7 @@ pub(crate) fn finish_unit(
 
 /// The [`merge_tile`](super::merge_tile) of [`Isa::Scalar`](super::Isa).
 pub(crate) fn merge_tile(tile: &Tile<'_>, out: &mut [u8]) -> TileStats {
-    let &Tile { factors, region, base, base_type, out_type, rounding } = tile;
+    let &Tile { source, cols, region, base, base_type, out_type, rounding } = tile;
     let mut tally = Tally::ZERO;
     for group in (0..region.rows).step_by(ROW_GROUP) {
         let group_end = region.rows.min(group + ROW_GROUP);
@@ -180,12 +189,20 @@ pub(crate) fn merge_tile(tile: &Tile<'_>, out: &mut [u8]) -> TileStats {
                     out_type,
                     stride: region.cols,
                     rounding,
-                    first_index: first_row as u64 * factors.cols() as u64 + first_column as u64,
-                    index_stride: factors.cols() as u64,
+                    first_index: first_row as u64 * cols as u64 + first_column as u64,
+                    index_stride: cols as u64,
                 };
                 finish_unit(
                     &unit,
-                    |row, column| product(factors, first_row + row, first_column + column),
+                    |row, column| match source {
+                        Source::Factors(factors) => {
+                            product(factors, first_row + row, first_column + column)
+                        }
+                        Source::Given(delta) => Delta::Double {
+                            sum: delta[first + row * region.cols + column],
+                            scale: 1.0,
+                        },
+                    },
                     &base[first * base_type.size()..],
                     &mut out[first * out_type.size()..],
                     &mut tally,
@@ -194,6 +211,16 @@ pub(crate) fn merge_tile(tile: &Tile<'_>, out: &mut [u8]) -> TileStats {
         }
     }
     tally.finish((region.rows * region.cols) as u64)
+}
+
+/// The [`product_tile`](super::product_tile) of [`Isa::Scalar`](super::Isa).
+pub(crate) fn product_tile(factors: &Factors, region: TileRegion, out: &mut [f64]) {
+    for row in 0..region.rows {
+        for column in 0..region.cols {
+            let delta = product(factors, region.row + row, region.col + column);
+            out[row * region.cols + column] = canonical(delta.value());
+        }
+    }
 }
 
 /// Δ of one element of the tensor.
@@ -205,15 +232,26 @@ fn product(factors: &Factors, row: usize, column: usize) -> Delta {
     let chain = |chunk: std::ops::Range<usize>| {
         chunk.fold(0.0_f32, |sum, k| left[k].mul_add(right[k].0[group][lane], sum))
     };
-    let rank = factors.rank();
-    match factors.path() {
-        Path::F32 => Delta::Single(chain(0..rank)),
-        Path::F64 => {
-            let mut sum = f64::from(chain(0..rank.min(CHUNK)));
-            for start in (CHUNK..rank).step_by(CHUNK) {
-                sum += f64::from(chain(start..rank.min(start + CHUNK)));
+    // S of the ranks from `first` up to `end`, which are one segment.
+    let segment_sum = |first: usize, end: usize| {
+        let mut sum = f64::from(chain(first..end.min(first + CHUNK)));
+        for start in (first + CHUNK..end).step_by(CHUNK) {
+            sum += f64::from(chain(start..end.min(start + CHUNK)));
+        }
+        sum
+    };
+    match (factors.path(), factors.segments()) {
+        (Path::F32, _) => Delta::Single(chain(0..factors.rank())),
+        (Path::F64, [only]) => Delta::Double { sum: segment_sum(0, only.ranks), scale: only.scale },
+        (Path::F64, segments) => {
+            let (mut sum, mut first) = (0.0, 0);
+            for (number, segment) in segments.iter().enumerate() {
+                let scaled = segment.scale * segment_sum(first, first + segment.ranks);
+                // Adding to +0 would turn a first −0 into +0.
+                sum = if number == 0 { scaled } else { sum + scaled };
+                first += segment.ranks;
             }
-            Delta::Double { sum, scale: factors.scale() }
+            Delta::Double { sum, scale: 1.0 }
         }
     }
 }
@@ -244,7 +282,7 @@ pub(crate) fn convert(
 #[cfg(test)]
 mod tests {
     use super::super::testing::{Case, Noise, Range, Taste, elements, tie};
-    use super::super::{Factors, FloatType, Isa, Rounding, TileRegion};
+    use super::super::{Factors, FloatType, Isa, Path, Rounding, Segment, TileRegion};
     use super::Delta;
 
     /// `value / 2^exponent`, which must be an integer.
@@ -313,6 +351,8 @@ mod tests {
     /// A merge and its reference in `f64`.
     struct Trial {
         case: Case,
+        /// The sum of s·B·A.
+        delta: Vec<f64>,
         /// W0 + s·B·A.
         wanted: Vec<f64>,
         /// |s|·|B|·|A|, which bounds the rounding errors of the product.
@@ -321,16 +361,18 @@ mod tests {
 
     fn trial(
         noise: &mut Noise,
-        rank: usize,
-        scale: f64,
+        segments: &[Segment],
         base_type: FloatType,
         out_type: FloatType,
     ) -> Trial {
         const ROWS: usize = 40;
         const COLS: usize = 250;
+        let scales: Vec<f64> =
+            segments.iter().flat_map(|one| std::iter::repeat_n(one.scale, one.ranks)).collect();
+        let rank = scales.len();
         // |Δ| stays below a tenth of |W|.
         let left: Vec<f32> = (0..ROWS * rank).map(|_| noise.float()).collect();
-        let size = 0.001 / (rank as f64 * scale.abs());
+        let size = 0.001 / scales.iter().map(|scale| scale.abs()).sum::<f64>();
         let right: Vec<f32> =
             (0..rank * COLS).map(|_| (f64::from(noise.float()) * size) as f32).collect();
         let mut base = elements(noise, base_type, ROWS * COLS, Taste::Plain);
@@ -345,18 +387,25 @@ mod tests {
                 .copy_from_slice(&base[at * base_type.size()..][..base_type.size()]);
             f64::from(base_type.decode(u32::from_le_bytes(bytes)))
         };
-        let (mut wanted, mut bound) = (Vec::new(), Vec::new());
+        let (mut delta, mut wanted, mut bound) = (Vec::new(), Vec::new(), Vec::new());
         for row in 0..ROWS {
             for column in 0..COLS {
-                let terms = (0..rank)
-                    .map(|k| f64::from(left[row * rank + k]) * f64::from(right[k * COLS + column]));
-                wanted.push(value(row * COLS + column) + scale * terms.clone().sum::<f64>());
-                bound.push(scale.abs() * terms.map(f64::abs).sum::<f64>());
+                let terms = (0..rank).map(|k| {
+                    let product =
+                        f64::from(left[row * rank + k]) * f64::from(right[k * COLS + column]);
+                    scales[k] * product
+                });
+                let sum = terms.clone().sum::<f64>();
+                delta.push(sum);
+                wanted.push(value(row * COLS + column) + sum);
+                bound.push(terms.map(f64::abs).sum::<f64>());
             }
         }
-        let factors = Factors::new(ROWS, COLS, rank, &left, &right, scale);
+        let factors = Factors::pack_segments(ROWS, COLS, segments, left, |k, columns, row| {
+            row.copy_from_slice(&right[k * COLS..][columns]);
+        });
         let case = Case { factors, base, base_type, out_type, rounding: Rounding::Nearest };
-        Trial { case, wanted, bound }
+        Trial { case, delta, wanted, bound }
     }
 
     #[test]
@@ -364,18 +413,41 @@ mod tests {
         let mut noise = Noise::new(11);
         for base_type in FloatType::ALL {
             for out_type in FloatType::ALL {
-                for (rank, scale) in [(1, 1.0), (16, 0.5), (64, 2.0), (16, 0.3), (200, 0.25)] {
-                    let trial = trial(&mut noise, rank, scale, base_type, out_type);
-                    let region = TileRegion::full_width(&trial.case.factors, 0, 40);
+                for segments in [
+                    &[(1, 1.0)][..],
+                    &[(16, 0.5)],
+                    &[(64, 2.0)],
+                    &[(16, 0.3)],
+                    &[(200, 0.25)],
+                    &[(16, 0.5), (16, -2.0)],
+                    &[(16, 0.7), (8, -3.0), (1, 0.0)],
+                    &[(64, 1.0), (65, 0.5), (200, 0.7)],
+                ] {
+                    let segments: Vec<_> =
+                        segments.iter().map(|&(ranks, scale)| Segment { ranks, scale }).collect();
+                    let trial = trial(&mut noise, &segments, base_type, out_type);
+                    let factors = &trial.case.factors;
+                    let region = TileRegion::full_width(factors, 0, 40);
                     let (out, _) = trial.case.merge(Isa::Scalar, region);
                     let unit = match out_type {
                         FloatType::F32 => 2f64.powi(-24),
                         FloatType::F16 => 2f64.powi(-11),
                         FloatType::Bf16 => 2f64.powi(-8),
                     };
-                    // γ_n = n·u/(1 − n·u); chunks bound n by 64.
-                    let n = rank.min(64) as f64 * 2f64.powi(-24);
+                    // γ_n = n·u/(1 − n·u), n the longest chain.
+                    let longest = match factors.path() {
+                        Path::F32 => factors.rank(),
+                        Path::F64 => segments.iter().map(|one| one.ranks.min(64)).max().unwrap(),
+                    };
+                    let n = longest as f64 * 2f64.powi(-24);
                     let gamma = n / (1.0 - n);
+                    let delta = trial.case.product(Isa::Scalar, region);
+                    for ((got, wanted), bound) in delta.iter().zip(&trial.delta).zip(&trial.bound) {
+                        assert!(
+                            (got - wanted).abs() <= (gamma + 1e-13) * bound,
+                            "{got:e} {wanted:e}"
+                        );
+                    }
                     let mut correct = 0;
                     for (at, element) in out.chunks(out_type.size()).enumerate() {
                         let mut bytes = [0; 4];
@@ -392,7 +464,7 @@ mod tests {
                     }
                     if out_type == FloatType::Bf16 {
                         let share = correct as f64 / trial.wanted.len() as f64;
-                        assert!(share >= 0.9999, "rank {rank}: {share}");
+                        assert!(share >= 0.9999, "{segments:?}: {share}");
                     }
                 }
             }

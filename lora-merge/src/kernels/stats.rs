@@ -125,8 +125,10 @@ impl Tally {
     }
 }
 
-/// Sums of huge squares may reach ∞ and then NaN, whose sign and payload are
-/// the CPU's choice. Replacing it keeps the bits equal everywhere.
-fn canonical(sum: f64) -> f64 {
-    if sum.is_nan() { f64::NAN } else { sum }
+/// Sums of huge squares may reach ∞ and then NaN, and so may Δ. The sign and
+/// the payload of such a NaN are the CPU's choice. Replacing it keeps the bits
+/// equal everywhere.
+#[inline(always)]
+pub(crate) fn canonical(value: f64) -> f64 {
+    if value.is_nan() { f64::NAN } else { value }
 }

@@ -6,8 +6,8 @@
 
 use super::native::{FLUSHING, read_control, write_control};
 use super::{
-    ConvertStats, Factors, FloatType, Isa, PANEL, Path, Rounding, TileRegion, TileStats, convert,
-    merge_tile, with_ieee_floats,
+    ConvertStats, Factors, FloatType, Isa, PANEL, Path, Rounding, Segment, TileRegion, TileStats,
+    add_tile, convert, merge_tile, product_tile, with_ieee_floats,
 };
 
 /// Numbers that look random and are the same every time (PCG-XSH-RR).
@@ -116,6 +116,47 @@ fn factor(noise: &mut Noise, count: usize, taste: Taste) -> Vec<f32> {
         .collect()
 }
 
+/// `count` doubles for [`add_tile`]. Wild ones are any bit pattern, or a
+/// remarkable one, or far from every base.
+fn doubles(noise: &mut Noise, count: usize, taste: Taste) -> Vec<f64> {
+    const LANDMARKS: [f64; 10] = [
+        0.0,
+        5e-324,
+        f64::MIN_POSITIVE,
+        1e-60,
+        2.0,
+        3.4e38,
+        6.9e38,
+        f64::MAX,
+        f64::INFINITY,
+        // Signalling, where it is a NaN at all.
+        f64::from_bits(0x7FF0_0000_0000_0005),
+    ];
+    (0..count)
+        .map(|_| {
+            let wild = match taste {
+                Taste::Plain => false,
+                Taste::Sprinkled => noise.below(300) == 0,
+                Taste::Wild => true,
+            };
+            let plain = f64::from(noise.float()) * (0.01 + f64::from(noise.float()) * 1e-10);
+            match noise.below(if wild { 5 } else { 1 }) {
+                0 => plain,
+                1 => LANDMARKS[noise.below(10) as usize].copysign(plain),
+                2 => f64::from_bits(u64::from(noise.bits()) << 32 | u64::from(noise.bits())),
+                // A tie of some type, or the least bit beside it.
+                3 => (f64::from(noise.below(512)) / 256.0 - 1.0) * (1.0 + plain * 1e-13),
+                _ => plain * 2f64.powi(noise.below(300) as i32 - 150),
+            }
+        })
+        .collect()
+}
+
+/// The first place where two tiles of Δ differ.
+fn difference(a: &[f64], b: &[f64]) -> Option<usize> {
+    a.iter().zip(b).position(|(a, b)| a.to_bits() != b.to_bits())
+}
+
 /// A whole tensor and what to do with it.
 pub(crate) struct Case {
     pub(crate) factors: Factors,
@@ -128,6 +169,25 @@ pub(crate) struct Case {
 impl Case {
     /// Merges one region, from and to addresses that are odd.
     pub(crate) fn merge(&self, isa: Isa, region: TileRegion) -> (Vec<u8>, TileStats) {
+        let (base_type, out_type) = (self.base_type, self.out_type);
+        self.apply(region, |base, out| {
+            merge_tile(isa, &self.factors, region, base, base_type, out, out_type, self.rounding)
+        })
+    }
+
+    /// The same with a Δ that is given.
+    fn add(&self, isa: Isa, region: TileRegion, delta: &[f64]) -> (Vec<u8>, TileStats) {
+        let (base_type, out_type, cols) = (self.base_type, self.out_type, self.factors.cols());
+        self.apply(region, |base, out| {
+            add_tile(isa, cols, region, delta, base, base_type, out, out_type, self.rounding)
+        })
+    }
+
+    fn apply(
+        &self,
+        region: TileRegion,
+        kernel: impl FnOnce(&[u8], &mut [u8]) -> TileStats,
+    ) -> (Vec<u8>, TileStats) {
         let size = self.base_type.size();
         let mut base = vec![0xAA];
         for row in region.row..region.row + region.rows {
@@ -135,38 +195,79 @@ impl Case {
             base.extend_from_slice(&self.base[first * size..][..region.cols * size]);
         }
         let mut out = vec![0xAA; 1 + region.rows * region.cols * self.out_type.size()];
-        let stats = merge_tile(
-            isa,
-            &self.factors,
-            region,
-            &base[1..],
-            self.base_type,
-            &mut out[1..],
-            self.out_type,
-            self.rounding,
-        );
+        let stats = kernel(&base[1..], &mut out[1..]);
         out.remove(0);
         (out, stats)
+    }
+
+    /// Δ of one region, over memory that holds something else.
+    pub(crate) fn product(&self, isa: Isa, region: TileRegion) -> Vec<f64> {
+        let mut delta = vec![1e300; region.rows * region.cols];
+        product_tile(isa, &self.factors, region, &mut delta);
+        delta
+    }
+
+    /// Whether the contract says that [`product_tile`] and [`add_tile`] make a
+    /// [`merge_tile`] of this region.
+    fn divides(&self, delta: &[f64], region: TileRegion) -> bool {
+        match (self.factors.path(), self.rounding, self.factors.segments()) {
+            (Path::F32, Rounding::Nearest, _) if self.out_type != FloatType::F32 => {
+                let base = |at: usize| {
+                    let (row, column) = (at / region.cols, at % region.cols);
+                    let index = (region.row + row) * self.factors.cols() + region.col + column;
+                    let size = self.base_type.size();
+                    let mut bytes = [0; 4];
+                    bytes[..size].copy_from_slice(&self.base[index * size..][..size]);
+                    f64::from(self.base_type.decode(u32::from_le_bytes(bytes))).abs()
+                };
+                let near = |(a, b): (f64, f64)| !(a * 2f64.powi(28) < b || b * 2f64.powi(28) < a);
+                let pairs = delta.iter().enumerate().map(|(at, delta)| (base(at), delta.abs()));
+                // Zeros add exactly.
+                pairs.filter(|(a, b)| *a != 0.0 && *b != 0.0).all(near)
+            }
+            (Path::F32, ..) => true,
+            // A power of two scales exactly.
+            (Path::F64, _, [only]) => only.scale.abs().log2().fract() == 0.0,
+            (Path::F64, ..) => true,
+        }
     }
 
     fn whole(&self) -> TileRegion {
         TileRegion::full_width(&self.factors, 0, self.factors.rows())
     }
 
-    /// Asserts that `isa` gives the oracle's bits for `region`.
+    /// Asserts that `isa` gives the oracle's bits for `region`: of the merge,
+    /// of Δ, and of the merge with that Δ, which are equal where they have to be.
     fn check(&self, isa: Isa, region: TileRegion, what: &str) {
-        let (expected, expected_stats) = self.merge(Isa::Scalar, region);
-        let (out, stats) = self.merge(isa, region);
         let what = format!(
-            "{isa} {what}: {}×{} rank {} {:?} {}→{} {:?} {region:?}",
+            "{isa} {what}: {}×{} {:?} {:?} {}→{} {:?} {region:?}",
             self.factors.rows(),
             self.factors.cols(),
-            self.factors.rank(),
+            self.factors.segments(),
             self.factors.path(),
             self.base_type,
             self.out_type,
             self.rounding,
         );
+        let merged = self.merge(Isa::Scalar, region);
+        self.compare(region, self.merge(isa, region), &merged, &what);
+        let delta = self.product(Isa::Scalar, region);
+        let at = difference(&self.product(isa, region), &delta);
+        assert_eq!(at, None, "{what}: Δ");
+        let added = self.add(Isa::Scalar, region, &delta);
+        self.compare(region, self.add(isa, region, &delta), &added, &format!("{what}, added"));
+        if self.divides(&delta, region) {
+            self.compare(region, added, &merged, &format!("{what}, divided"));
+        }
+    }
+
+    fn compare(
+        &self,
+        region: TileRegion,
+        (out, stats): (Vec<u8>, TileStats),
+        (expected, expected_stats): &(Vec<u8>, TileStats),
+        what: &str,
+    ) {
         let size = self.out_type.size();
         if let Some(at) = (0..out.len() / size)
             .find(|at| out[at * size..][..size] != expected[at * size..][..size])
@@ -178,7 +279,7 @@ impl Case {
                 &expected[at * size..][..size],
             );
         }
-        assert_eq!(bits(&stats), bits(&expected_stats), "{what}: {stats:?} {expected_stats:?}");
+        assert_eq!(bits(&stats), bits(expected_stats), "{what}: {stats:?} {expected_stats:?}");
     }
 }
 
@@ -250,6 +351,177 @@ fn random_case(
             _ => Rounding::Nearest,
         },
     }
+}
+
+/// Several terms, as the oracle has them and as the contract composes them of
+/// terms on their own.
+pub(crate) fn check_segments(isa: Isa) {
+    const TERMS: [usize; 8] = [0, 1, 1, 7, 16, 64, 65, 200];
+    const SCALES: [f64; 7] = [1.0, 0.5, 0.7, -3.0, 0.0, -4.0, 1e-44];
+    let mut noise = Noise::new(12);
+    for round in 0..240 {
+        let taste = TASTES[noise.below(3) as usize];
+        // Few enough ranks, and scales that fold, in every other round.
+        let (terms, scales) = if round % 2 == 0 { (5, 2) } else { (8, 7) };
+        let segments: Vec<Segment> = (0..noise.below(5))
+            .map(|_| Segment {
+                ranks: TERMS[noise.below(terms) as usize],
+                scale: SCALES[noise.below(scales) as usize],
+            })
+            .collect();
+        let (rows, cols) = (ROWS[noise.below(10) as usize], COLS[noise.below(14) as usize]);
+        let types = [0, 1].map(|_| FloatType::ALL[noise.below(3) as usize]);
+        let case = segmented_case(&mut noise, [rows, cols], &segments, taste, types);
+        case.check(isa, case.whole(), "segments");
+        let row = noise.below(rows as u32) as usize;
+        let col = noise.below(cols.div_ceil(PANEL) as u32) as usize * PANEL;
+        let region = TileRegion { row, rows: rows - row, col, cols: cols - col };
+        case.check(isa, region, "part of segments");
+    }
+}
+
+/// A case of several segments, whose Δ is asserted to be the sum of theirs.
+fn segmented_case(
+    noise: &mut Noise,
+    [rows, cols]: [usize; 2],
+    segments: &[Segment],
+    taste: Taste,
+    types: [FloatType; 2],
+) -> Case {
+    let rank = segments.iter().map(|segment| segment.ranks).sum();
+    let mut case = random_case(noise, [rows, cols, rank], 1.0, taste, types);
+    let left = factor(noise, rows * rank, taste);
+    let right = factor(noise, rank * cols, taste);
+    case.factors = Factors::pack_segments(rows, cols, segments, left.clone(), |k, columns, row| {
+        row.copy_from_slice(&right[k * cols..][columns]);
+    });
+    let delta = case.product(Isa::Scalar, case.whole());
+
+    // The ranks of each segment, their left columns scaled by `by`.
+    let columns = |ranks: std::ops::Range<usize>, by: f64| -> Vec<f32> {
+        (0..rows)
+            .flat_map(|row| left[row * rank..][ranks.clone()].to_vec())
+            .map(|element| (f64::from(element) * by) as f32)
+            .collect()
+    };
+    let mut first = 0;
+    let terms: Vec<_> = segments
+        .iter()
+        .map(|segment| {
+            let ranks = first..first + segment.ranks;
+            first = ranks.end;
+            (ranks, segment.scale)
+        })
+        .filter(|(ranks, _)| !ranks.is_empty())
+        .collect();
+    let expected = match case.factors.path() {
+        Path::F32 => {
+            let scaled: Vec<_> =
+                terms.iter().map(|(ranks, scale)| columns(ranks.clone(), *scale)).collect();
+            let folded: Vec<f32> = (0..rows)
+                .flat_map(|row| {
+                    scaled.iter().zip(&terms).map(move |(part, term)| (row, part, term))
+                })
+                .flat_map(|(row, part, (ranks, _))| &part[row * ranks.len()..][..ranks.len()])
+                .copied()
+                .collect();
+            let factors = Factors::new(rows, cols, rank, &folded, &right, 1.0);
+            assert_eq!(factors.path(), Path::F32);
+            let mut sum = vec![0.0; delta.len()];
+            product_tile(Isa::Scalar, &factors, case.whole(), &mut sum);
+            sum
+        }
+        Path::F64 => {
+            let mut sum = vec![0.0_f64; delta.len()];
+            for (number, (ranks, scale)) in terms.iter().enumerate() {
+                let right = &right[ranks.start * cols..ranks.end * cols];
+                let left = columns(ranks.clone(), 1.0);
+                // At scale 1, Δ is the sum of the chunks.
+                let alone = Factors::new(rows, cols, ranks.len(), &left, right, 1.0);
+                let mut part = vec![0.0; delta.len()];
+                product_tile(Isa::Scalar, &alone, case.whole(), &mut part);
+                for (sum, part) in sum.iter_mut().zip(part) {
+                    *sum = if number == 0 { scale * part } else { *sum + scale * part };
+                }
+            }
+            sum.iter().map(|sum| if sum.is_nan() { f64::NAN } else { *sum }).collect()
+        }
+    };
+    assert_eq!(difference(&delta, &expected), None, "{segments:?} {taste:?}");
+    case
+}
+
+/// A Δ that is given, of every value there is.
+pub(crate) fn check_given(isa: Isa) {
+    let mut noise = Noise::new(13);
+    for base_type in FloatType::ALL {
+        for out_type in FloatType::ALL {
+            for taste in TASTES {
+                for (rows, cols) in ROWS.into_iter().flat_map(|rows| COLS.map(|cols| (rows, cols)))
+                {
+                    let types = [base_type, out_type];
+                    let case = random_case(&mut noise, [rows, cols, 0], 1.0, taste, types);
+                    let mut delta = doubles(&mut noise, rows * cols, taste);
+                    if noise.below(8) == 0 {
+                        delta.fill([0.0, -0.0][noise.below(2) as usize]);
+                    }
+                    let whole = case.whole();
+                    let expected = case.add(Isa::Scalar, whole, &delta);
+                    let what = format!("{isa} given: {rows}×{cols} {base_type}→{out_type}");
+                    case.compare(whole, case.add(isa, whole, &delta), &expected, &what);
+                }
+            }
+        }
+    }
+}
+
+/// Any partition gives the bytes and the counts of the whole, and the Δ.
+pub(crate) fn check_given_partitions(isa: Isa) {
+    const ROWS: usize = 37;
+    const COLS: usize = 2 * PANEL + 17;
+    let mut noise = Noise::new(14);
+    let segments =
+        [(3, 0.7), (70, -3.0), (0, 9.0), (5, 0.5)].map(|(ranks, scale)| Segment { ranks, scale });
+    for taste in TASTES {
+        for rounding in [Rounding::Nearest, Rounding::Stochastic { key: 7 }] {
+            let types = [FloatType::F16, FloatType::Bf16];
+            let mut case = segmented_case(&mut noise, [ROWS, COLS], &segments, taste, types);
+            case.rounding = rounding;
+            let whole_delta = case.product(isa, case.whole());
+            let given = doubles(&mut noise, ROWS * COLS, taste);
+            let (whole, whole_stats) = case.add(isa, case.whole(), &given);
+            let mut sum = TileStats::default();
+            for rows in [0, 1, 4, 33, ROWS].windows(2) {
+                for cols in [0, PANEL, COLS].windows(2) {
+                    let (row, col) = (rows[0], cols[0]);
+                    let region = TileRegion { row, rows: rows[1] - row, col, cols: cols[1] - col };
+                    case.check(isa, region, "part");
+                    let delta = case.product(isa, region);
+                    let part: Vec<f64> = (row..rows[1])
+                        .flat_map(|row| &given[row * COLS..][col..cols[1]])
+                        .copied()
+                        .collect();
+                    let (out, stats) = case.add(isa, region, &part);
+                    sum.merge(&stats);
+                    for row in 0..region.rows {
+                        let first = (region.row + row) * COLS + col;
+                        let line = row * region.cols..(row + 1) * region.cols;
+                        let expected = &whole_delta[first..][..region.cols];
+                        assert_eq!(difference(&delta[line.clone()], expected), None);
+                        let expected = &whole[2 * first..][..2 * region.cols];
+                        assert_eq!(&out[2 * line.start..2 * line.end], expected);
+                    }
+                }
+            }
+            assert_eq!(counts(&sum), counts(&whole_stats));
+        }
+    }
+}
+
+/// The counters, which do not depend on the partition.
+fn counts(stats: &TileStats) -> [u64; 5] {
+    let all = bits(stats);
+    [all[0], all[1], all[2], all[6], all[7]]
 }
 
 /// Every pair of types on one middling shape, every scale, both tastes.
@@ -413,10 +685,6 @@ pub(crate) fn check_partitions(isa: Isa) {
                             }
                         }
                     }
-                    let counts = |stats: &TileStats| {
-                        let all = bits(stats);
-                        [all[0], all[1], all[2], all[6], all[7]]
-                    };
                     assert_eq!(counts(&sum), counts(&whole_stats));
                 }
             }
@@ -537,7 +805,10 @@ on_every_isa! {
     shapes => check_shapes;
     types => check_types;
     ties => check_ties;
+    segments => check_segments;
+    given => check_given;
     partitions => check_partitions;
+    given_partitions => check_given_partitions;
     zero_delta => check_zero_delta;
     conversions => check_conversions;
     conversions_exhaustively => check_conversions_exhaustively;
@@ -570,6 +841,103 @@ fn paths_follow_the_data() {
     assert_eq!(path(4, 1.0, 2.0_f64.powi(-1060)), Path::F64);
     assert_eq!(path(4, 1.0, f64::NAN), Path::F64);
     assert_eq!(path(4, 1.0, f64::INFINITY), Path::F64);
+}
+
+#[test]
+fn paths_follow_every_segment() {
+    let path = |left: &[f32], segments: &[(usize, f64)]| {
+        let segments: Vec<_> =
+            segments.iter().map(|&(ranks, scale)| Segment { ranks, scale }).collect();
+        let factors =
+            Factors::pack_segments(1, 1, &segments, left.to_vec(), |_, _, row| row.fill(1.0));
+        (factors.path(), factors.segments().len(), factors.scale())
+    };
+    assert_eq!(path(&[], &[]), (Path::F32, 0, 1.0));
+    assert_eq!(path(&[], &[(0, 0.3)]), (Path::F64, 1, 0.3));
+    assert_eq!(path(&[], &[(0, 0.3), (0, 0.3)]), (Path::F32, 0, 1.0));
+    assert_eq!(path(&[1.0], &[(0, 0.3), (1, -2.0)]), (Path::F32, 1, -2.0));
+    assert_eq!(path(&[1.0; 2], &[(1, 0.5), (1, -2.0)]), (Path::F32, 2, 1.0));
+    assert_eq!(path(&[1.0; 2], &[(1, 0.5), (1, 0.3)]), (Path::F64, 2, 1.0));
+    assert_eq!(path(&[1.0; 64], &[(32, 0.5), (32, 2.0)]), (Path::F32, 2, 1.0));
+    assert_eq!(path(&[1.0; 65], &[(32, 0.5), (33, 0.5)]), (Path::F64, 2, 1.0));
+    // Only the segment an element belongs to must not round it.
+    assert_eq!(path(&[f32::MAX, 1.0], &[(1, 0.5), (1, 2.0)]), (Path::F32, 2, 1.0));
+    assert_eq!(path(&[1.0, f32::MAX], &[(1, 0.5), (1, 2.0)]), (Path::F64, 2, 1.0));
+}
+
+/// What the contract says about NaN and infinity, spelled out.
+#[test]
+fn a_given_delta_may_be_anything() {
+    let float = FloatType::Bf16;
+    let one = float.encode(1.0) as u16;
+    let infinity = float.infinity() as u16;
+    let nan = float.canonical_nan() as u16;
+    let payload = nan | 0x8003;
+    let given = [
+        (one, f64::from_bits(0xFFF0_0000_0000_0001), nan),
+        (one, f64::INFINITY, infinity),
+        (infinity, f64::NEG_INFINITY, nan),
+        (payload, 0.0, payload),
+        (payload, -0.0, payload),
+        (payload, 1.0, nan),
+        (0x8000, 0.0, 0x8000),
+        (one, 1e300, infinity),
+        (one, 3e38, float.encode(3e38) as u16),
+        (one, 3.4e38, infinity),
+        (one, 5e-324, one),
+    ];
+    let base: Vec<u8> = given.iter().flat_map(|(base, _, _)| base.to_le_bytes()).collect();
+    let delta: Vec<f64> = given.iter().map(|(_, delta, _)| *delta).collect();
+    let expected: Vec<u8> = given.iter().flat_map(|(_, _, out)| out.to_le_bytes()).collect();
+    let cols = given.len();
+    let region = TileRegion { row: 3, rows: 1, col: 0, cols };
+    for isa in Isa::available() {
+        let mut out = vec![0; base.len()];
+        let rounding = Rounding::Nearest;
+        let stats = add_tile(isa, cols, region, &delta, &base, float, &mut out, float, rounding);
+        assert_eq!(out, expected, "{isa}");
+        assert_eq!((stats.nonzero_delta, stats.changed), (8, 7), "{isa}");
+        // 1e300 is no finite f32, so the statistics see an infinite Δ there.
+        assert_eq!((stats.overflowed, stats.non_finite), (1, 8), "{isa}");
+    }
+}
+
+/// Where Δ on its own says less than the factors do.
+#[test]
+fn a_rounded_delta_is_not_a_fused_one() {
+    let merged = |factors: &Factors, base: f32, float: FloatType| {
+        let region = TileRegion::full_width(factors, 0, 1);
+        let base = base.to_le_bytes();
+        let (from, rounding) = (FloatType::F32, Rounding::Nearest);
+        let mut out = [[0; 4]; 2];
+        let size = float.size();
+        let [fused, divided] = &mut out;
+        let fused = &mut fused[..size];
+        merge_tile(Isa::Scalar, factors, region, &base, from, fused, float, rounding);
+        let mut delta = [0.0];
+        product_tile(Isa::Scalar, factors, region, &mut delta);
+        let divided = &mut divided[..size];
+        add_tile(Isa::Scalar, 1, region, &delta, &base, from, divided, float, rounding);
+        out.map(|bytes| f64::from(float.decode(u32::from_le_bytes(bytes))))
+    };
+    // A tie of bf16 and a trifle, which an f64 cannot hold together.
+    let trifle = Factors::new(1, 1, 1, &[1.0], &[1e-20], 1.0);
+    let tie = 1.0 + 2f32.powi(-8);
+    assert_eq!(merged(&trifle, tie, FloatType::Bf16), [1.0 + 2f64.powi(-7), 1.0]);
+    // 3·(1/3) is 1 rounded, and 1 − 2⁻⁵⁴ fused.
+    let third = Factors::new(1, 1, 1, &[1.0], &[3.0], 1.0 / 3.0);
+    assert_eq!(third.path(), Path::F64);
+    assert_eq!(merged(&third, -1.0, FloatType::F32), [-(2f64.powi(-54)), 0.0]);
+}
+
+#[test]
+#[should_panic(expected = "is not a tile")]
+fn given_regions_that_split_a_panel_are_refused() {
+    let region = TileRegion { row: 0, rows: 1, col: 0, cols: 16 };
+    let float = FloatType::F32;
+    let (delta, base, mut out) = ([0.0; 16], [0; 64], [0; 64]);
+    let rounding = Rounding::Nearest;
+    add_tile(Isa::Scalar, 96, region, &delta, &base, float, &mut out, float, rounding);
 }
 
 #[test]

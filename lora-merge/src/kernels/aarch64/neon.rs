@@ -9,11 +9,11 @@ use std::arch::aarch64::*;
 use std::arch::asm;
 use std::array;
 
-use super::super::factors::LANES;
+use super::super::factors::{Factors, LANES};
 use super::super::generic::{self, Element, with_types};
 use super::super::stats::{ConvertStats, TileStats};
 use super::super::vector::{Vector, both, eight, four};
-use super::super::{FloatType, Tile};
+use super::super::{FloatType, Tile, TileRegion};
 
 /// Proof that this CPU has Advanced SIMD. Nearly every AArch64 CPU does.
 #[derive(Clone, Copy)]
@@ -27,6 +27,15 @@ impl Neon {
 
     pub(crate) fn merge_tile(self, tile: &Tile<'_>, out: &mut [u8]) -> TileStats {
         with_types!(tile.base_type, tile.out_type, self.merge(tile, out))
+    }
+
+    pub(crate) fn product_tile(self, factors: &Factors, region: TileRegion, out: &mut [f64]) {
+        #[target_feature(enable = "neon")]
+        fn product(v: Neon, factors: &Factors, region: TileRegion, out: &mut [f64]) {
+            generic::product(v, factors, region, out);
+        }
+        // SAFETY: `self` is proof of the feature.
+        unsafe { product(self, factors, region, out) }
     }
 
     pub(crate) fn convert(

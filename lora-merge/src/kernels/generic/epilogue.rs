@@ -54,7 +54,7 @@ impl Deltas for Single<'_> {
     }
 }
 
-/// Δ on [`Path::F64`](super::super::Path).
+/// Δ on [`Path::F64`](super::super::Path), and Δ that is given: with scale 1.
 #[derive(Clone, Copy)]
 pub(super) struct Double<'a> {
     pub(super) sums: &'a UnitBlock<f64>,

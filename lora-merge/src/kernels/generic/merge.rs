@@ -1,19 +1,20 @@
 //! The loops over a tile.
 
-use super::super::factors::{GROUPS, PANEL, Path};
+use super::super::factors::{Factors, GROUPS, PANEL, Path};
 use super::super::scalar::{self, Unit};
-use super::super::stats::{Tally, TileStats};
+use super::super::stats::{Tally, TileStats, canonical};
 use super::super::vector::Vector;
-use super::super::{ROW_GROUP, Rounding, Tile, UNIT_ROWS};
+use super::super::{ROW_GROUP, Rounding, Source, Tile, TileRegion, UNIT_ROWS};
 use super::element::Element;
 use super::epilogue::{self, Deltas, Double, Rows, Single};
-use super::product::{self, Block, Place};
+use super::product::{self, Block, Place, Sums};
 
 /// Bytes of a unit of the widest type.
 const SCRATCH: usize = UNIT_ROWS * PANEL * 4;
 
-/// [`merge_tile`](super::super::merge_tile) for one instruction set and one
-/// pair of types.
+/// [`merge_tile`](super::super::merge_tile) and
+/// [`add_tile`](super::super::add_tile) for one instruction set and one pair of
+/// types.
 #[inline(always)]
 pub(crate) fn merge<V: Vector, B: Element, O: Element>(
     v: V,
@@ -21,9 +22,11 @@ pub(crate) fn merge<V: Vector, B: Element, O: Element>(
     out: &mut [u8],
 ) -> TileStats {
     const { assert!(GROUPS.is_multiple_of(V::GROUPS_AT_ONCE)) };
-    match tile.factors.path() {
-        Path::F32 => merge_single::<V, B, O>(v, tile, out),
-        Path::F64 => merge_double::<V, B, O>(v, tile, out),
+    match tile.source {
+        Source::Factors(factors) if factors.path() == Path::F32 => {
+            merge_single::<V, B, O>(v, tile, factors, out)
+        }
+        _ => merge_double::<V, B, O>(v, tile, out),
     }
 }
 
@@ -31,12 +34,13 @@ pub(crate) fn merge<V: Vector, B: Element, O: Element>(
 fn merge_single<V: Vector, B: Element, O: Element>(
     v: V,
     tile: &Tile<'_>,
+    factors: &Factors,
     out: &mut [u8],
 ) -> TileStats {
     let mut tally = Tally::ZERO;
     let mut deltas = Block::splat(0.0_f32);
-    for band in Bands::of(tile) {
-        product::single(v, tile.factors, &band.place(tile), &mut deltas);
+    for band in Bands::of(tile.region) {
+        product::single(v, factors, &band.place(tile.region), &mut deltas);
         for (number, deltas) in deltas.0.iter().enumerate().take(band.units()) {
             finish::<V, B, O>(v, tile, &band.unit(tile, number), Single(deltas), out, &mut tally);
         }
@@ -44,6 +48,8 @@ fn merge_single<V: Vector, B: Element, O: Element>(
     tally.finish((tile.region.rows * tile.region.cols) as u64)
 }
 
+/// On [`Path::F64`], and where Δ comes from elsewhere, which is a sum that is
+/// already there.
 #[inline(always)]
 fn merge_double<V: Vector, B: Element, O: Element>(
     v: V,
@@ -51,16 +57,45 @@ fn merge_double<V: Vector, B: Element, O: Element>(
     out: &mut [u8],
 ) -> TileStats {
     let mut tally = Tally::ZERO;
-    let mut sums = Block::splat(0.0_f64);
-    let scale = tile.factors.scale();
-    for band in Bands::of(tile) {
-        product::double(v, tile.factors, &band.place(tile), &mut sums);
-        for (number, sums) in sums.0.iter().enumerate().take(band.units()) {
+    let mut sums = Sums::zero();
+    let scale = match tile.source {
+        Source::Factors(factors) => factors.scale(),
+        Source::Given(_) => 1.0,
+    };
+    for band in Bands::of(tile.region) {
+        match tile.source {
+            Source::Factors(factors) => {
+                product::double(v, factors, &band.place(tile.region), &mut sums);
+            }
+            Source::Given(delta) => band.gather(tile.region, delta, sums.total_mut()),
+        }
+        for (number, sums) in sums.total().0.iter().enumerate().take(band.units()) {
             let deltas = Double { sums, scale };
             finish::<V, B, O>(v, tile, &band.unit(tile, number), deltas, out, &mut tally);
         }
     }
     tally.finish((tile.region.rows * tile.region.cols) as u64)
+}
+
+/// [`product_tile`](super::super::product_tile) for one instruction set.
+#[inline(always)]
+pub(crate) fn product<V: Vector>(v: V, factors: &Factors, region: TileRegion, out: &mut [f64]) {
+    match factors.path() {
+        Path::F32 => {
+            let mut deltas = Block::splat(0.0_f32);
+            for band in Bands::of(region) {
+                product::single(v, factors, &band.place(region), &mut deltas);
+                band.scatter(region, &deltas, 1.0, out);
+            }
+        }
+        Path::F64 => {
+            let mut sums = Sums::zero();
+            for band in Bands::of(region) {
+                product::double(v, factors, &band.place(region), &mut sums);
+                band.scatter(region, sums.total(), factors.scale(), out);
+            }
+        }
+    }
 }
 
 /// A group of rows by one panel, in the coordinates of the tile.
@@ -74,9 +109,42 @@ struct Band {
 
 impl Band {
     #[inline(always)]
-    fn place(&self, tile: &Tile<'_>) -> Place {
-        let panel = (tile.region.col + self.column) / PANEL;
-        Place { row: tile.region.row + self.row, rows: self.rows, panel }
+    fn place(&self, region: TileRegion) -> Place {
+        let panel = (region.col + self.column) / PANEL;
+        Place { row: region.row + self.row, rows: self.rows, panel }
+    }
+
+    /// Copies the band out of the Δ of its tile, zeros to the right of it.
+    #[inline(always)]
+    fn gather(&self, region: TileRegion, delta: &[f64], block: &mut Block<f64>) {
+        for (row, to) in block.0.as_flattened_mut().iter_mut().enumerate().take(self.rows) {
+            let from = &delta[(self.row + row) * region.cols + self.column..][..self.columns];
+            let to = to.as_flattened_mut();
+            match from.first_chunk::<PANEL>() {
+                Some(from) => to.copy_from_slice(from),
+                None => {
+                    to[..self.columns].copy_from_slice(from);
+                    to[self.columns..].fill(0.0);
+                }
+            }
+        }
+    }
+
+    /// Writes `scale · block` to the band's place in the Δ of its tile.
+    #[inline(always)]
+    fn scatter<T: Copy + Into<f64>>(
+        &self,
+        region: TileRegion,
+        block: &Block<T>,
+        scale: f64,
+        delta: &mut [f64],
+    ) {
+        for (row, from) in block.0.as_flattened().iter().enumerate().take(self.rows) {
+            let to = &mut delta[(self.row + row) * region.cols + self.column..][..self.columns];
+            for (to, from) in to.iter_mut().zip(from.as_flattened()) {
+                *to = canonical(scale * (*from).into());
+            }
+        }
     }
 
     fn units(&self) -> usize {
@@ -86,9 +154,9 @@ impl Band {
     /// One of the units, top to bottom, and its first element in the tile.
     #[inline(always)]
     fn unit(&self, tile: &Tile<'_>, number: usize) -> (Unit, usize) {
-        let &Tile { factors, region, base_type, out_type, rounding, .. } = tile;
+        let &Tile { cols, region, base_type, out_type, rounding, .. } = tile;
         let row = self.row + number * UNIT_ROWS;
-        let index_stride = factors.cols() as u64;
+        let index_stride = cols as u64;
         let (tensor_row, tensor_column) = (region.row + row, region.col + self.column);
         let unit = Unit {
             rows: UNIT_ROWS.min(self.row + self.rows - row),
@@ -114,8 +182,8 @@ struct Bands {
 }
 
 impl Bands {
-    fn of(tile: &Tile<'_>) -> Self {
-        Self { rows: tile.region.rows, cols: tile.region.cols, row: 0, column: 0 }
+    fn of(region: TileRegion) -> Self {
+        Self { rows: region.rows, cols: region.cols, row: 0, column: 0 }
     }
 }
 

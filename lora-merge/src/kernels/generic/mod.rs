@@ -13,7 +13,7 @@ mod product;
 
 pub(crate) use convert::convert;
 pub(crate) use element::{Bf16, Element, F16, F32};
-pub(crate) use merge::merge;
+pub(crate) use merge::{merge, product};
 
 /// Calls `$function::<Base, Out>($arguments)` with the marker types of two
 /// [`FloatType`](super::float::FloatType)s.

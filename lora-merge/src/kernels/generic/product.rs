@@ -68,32 +68,72 @@ pub(super) fn single<V: Vector>(v: V, factors: &Factors, place: &Place, out: &mu
     }
 }
 
-/// [`Path::F64`](super::super::Path): chunk after chunk, summed in `f64`.
+/// The sums of a group of rows by one panel on [`Path::F64`](super::super::Path).
+pub(super) struct Sums([Block<f64>; 2]);
+
+impl Sums {
+    /// The sum S of every element.
+    const TOTAL: usize = 0;
+    /// The sum so far of one of several segments. A single one is the total.
+    const SEGMENT: usize = 1;
+
+    pub(super) fn zero() -> Self {
+        Self([Block::splat(0.0), Block::splat(0.0)])
+    }
+
+    #[inline(always)]
+    pub(super) fn total(&self) -> &Block<f64> {
+        &self.0[Self::TOTAL]
+    }
+
+    #[inline(always)]
+    pub(super) fn total_mut(&mut self) -> &mut Block<f64> {
+        &mut self.0[Self::TOTAL]
+    }
+}
+
+/// [`Path::F64`](super::super::Path): chunk after chunk of one segment after
+/// the other, summed in `f64`.
 ///
 /// Every unit of the group takes its turn before the next chunk does, while
 /// the chunk of the right factor is still in the first-level cache.
 #[inline(always)]
-pub(super) fn double<V: Vector>(v: V, factors: &Factors, place: &Place, out: &mut Block<f64>) {
+pub(super) fn double<V: Vector>(v: V, factors: &Factors, place: &Place, out: &mut Sums) {
     let right = factors.right_panel(place.panel);
     let mut chunk = AlignedUnit([[[0.0_f32; LANES]; GROUPS]; UNIT_ROWS]);
-    // Rank 0 has one chunk too, an empty one, whose sum is zero.
-    for start in (0..factors.rank().max(1)).step_by(CHUNK) {
-        let end = factors.rank().min(start + CHUNK);
-        for unit in 0..place.units() {
-            let left = place.left(factors, unit, start, end);
-            let chunk = &mut chunk.0;
-            chain(v, left, &right[start..end], chunk);
-            let out = &mut out.0[unit];
-            for row in 0..UNIT_ROWS {
-                for group in 0..GROUPS {
-                    let mut sum = v.widen(v.load(&chunk[row][group]));
-                    if start > 0 {
-                        sum = v.add_f64(v.load_f64(&out[row][group]), sum);
+    let several = factors.segments().len() > 1;
+    let so_far = if several { Sums::SEGMENT } else { Sums::TOTAL };
+    let mut first = 0;
+    for (number, segment) in factors.segments().iter().enumerate() {
+        let scale = v.splat_f64(segment.scale);
+        let segment_end = first + segment.ranks;
+        // Rank 0 has one chunk too, an empty one, whose sum is zero.
+        for start in (first..segment_end.max(first + 1)).step_by(CHUNK) {
+            let end = segment_end.min(start + CHUNK);
+            let to = if end == segment_end { Sums::TOTAL } else { so_far };
+            for unit in 0..place.units() {
+                let left = place.left(factors, unit, start, end);
+                let chunk = &mut chunk.0;
+                chain(v, left, &right[start..end], chunk);
+                for (row, chains) in chunk.iter().enumerate() {
+                    for (group, result) in chains.iter().enumerate() {
+                        let mut sum = v.widen(v.load(result));
+                        if start > first {
+                            sum = v.add_f64(v.load_f64(&out.0[so_far].0[unit][row][group]), sum);
+                        }
+                        if several && end == segment_end {
+                            sum = v.mul_f64(scale, sum);
+                            if number > 0 {
+                                let total = &out.0[Sums::TOTAL].0[unit][row][group];
+                                sum = v.add_f64(v.load_f64(total), sum);
+                            }
+                        }
+                        v.store_f64(sum, &mut out.0[to].0[unit][row][group]);
                     }
-                    v.store_f64(sum, &mut out[row][group]);
                 }
             }
         }
+        first = segment_end;
     }
 }
 

@@ -4,11 +4,11 @@
 
 use std::arch::x86_64::*;
 
-use super::super::factors::LANES;
+use super::super::factors::{Factors, LANES};
 use super::super::generic::{self, Element, with_types};
 use super::super::stats::{ConvertStats, TileStats};
 use super::super::vector::{Vector, both, four};
-use super::super::{FloatType, Tile};
+use super::super::{FloatType, Tile, TileRegion};
 
 /// Proof that this CPU has AVX2, FMA and F16C.
 #[derive(Clone, Copy)]
@@ -26,6 +26,15 @@ impl Avx2 {
 
     pub(crate) fn merge_tile(self, tile: &Tile<'_>, out: &mut [u8]) -> TileStats {
         with_types!(tile.base_type, tile.out_type, self.merge(tile, out))
+    }
+
+    pub(crate) fn product_tile(self, factors: &Factors, region: TileRegion, out: &mut [f64]) {
+        #[target_feature(enable = "avx2,fma,f16c,popcnt")]
+        fn product(v: Avx2, factors: &Factors, region: TileRegion, out: &mut [f64]) {
+            generic::product(v, factors, region, out);
+        }
+        // SAFETY: `self` is proof of the features.
+        unsafe { product(self, factors, region, out) }
     }
 
     pub(crate) fn convert(

@@ -7,11 +7,11 @@
 
 use std::arch::x86_64::*;
 
-use super::super::factors::LANES;
+use super::super::factors::{Factors, LANES};
 use super::super::generic::{self, Element, with_types};
 use super::super::stats::{ConvertStats, TileStats};
 use super::super::vector::{Vector, both};
-use super::super::{FloatType, Tile};
+use super::super::{FloatType, Tile, TileRegion};
 
 /// Proof that this CPU has AVX-512 F, BW, DQ and VL.
 #[derive(Clone, Copy)]
@@ -30,6 +30,15 @@ impl Avx512 {
 
     pub(crate) fn merge_tile(self, tile: &Tile<'_>, out: &mut [u8]) -> TileStats {
         with_types!(tile.base_type, tile.out_type, self.merge(tile, out))
+    }
+
+    pub(crate) fn product_tile(self, factors: &Factors, region: TileRegion, out: &mut [f64]) {
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,popcnt")]
+        fn product(v: Avx512, factors: &Factors, region: TileRegion, out: &mut [f64]) {
+            generic::product(v, factors, region, out);
+        }
+        // SAFETY: as in `merge`.
+        unsafe { product(self, factors, region, out) }
     }
 
     pub(crate) fn convert(
