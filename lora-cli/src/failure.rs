@@ -182,6 +182,7 @@ fn merge_hint(error: &MergeError) -> Option<String> {
         MergeError::OutputIsInput { .. } => "choose another -o",
         MergeError::NotReplaceable { .. } => "choose another -o, or remove it yourself",
         MergeError::NoTokenizer { .. } => "--tokenizer auto takes the base's where there is none",
+        MergeError::TokenizersDiffer { .. } => "take the base's: --tokenizer base",
         MergeError::Plan { problems, .. } => return problems.iter().find_map(problem_hint),
         _ => return None,
     };
@@ -198,9 +199,20 @@ fn problem_hint(problem: &PlanProblem) -> Option<String> {
             "say how square weights are stored: --fan-in-fan-out true for (in, out) as in GPT-2's \
              Conv1D, false for (out, in)"
         }
-        PlanProblem::Quantised { .. } => "merge into the unquantised model it was made from",
         PlanProblem::Tied { .. } => {
-            "save the base with untied weights first (tie_word_embeddings false, both tensors)"
+            "--tied untie writes both tensors and changes only the trained one, which is what the \
+             adapter computes unmerged (a larger model; tie_word_embeddings becomes false); --tied \
+             both changes what they share, as PEFT's merge does"
+        }
+        PlanProblem::Groups { .. } => {
+            "say which groups were trained, as loralib's enable_lora does: --enable-lora \
+             true,false,true"
+        }
+        PlanProblem::Irreversible { .. } => {
+            "only the base that it was merged into has what was there: merge into that afresh"
+        }
+        PlanProblem::Conflict { .. } => {
+            "merge one of them alone, and the other into the result, if that order is what you want"
         }
         _ => return None,
     };

@@ -27,6 +27,9 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Merge(commands::merge::Arguments),
+    Unmerge(commands::unmerge::Arguments),
+    Switch(commands::switch::Arguments),
+    Verify(commands::verify::Arguments),
     Inspect(commands::inspect::Arguments),
     Convert(commands::convert::Arguments),
     Stamp(commands::stamp::Arguments),
@@ -35,7 +38,10 @@ enum Command {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let (json, result) = match &cli.command {
-        Command::Merge(arguments) => (arguments.json, commands::merge::run(arguments)),
+        Command::Merge(arguments) => (arguments.make.json, commands::merge::run(arguments)),
+        Command::Unmerge(arguments) => (arguments.make.json, commands::unmerge::run(arguments)),
+        Command::Switch(arguments) => (arguments.make.json, commands::switch::run(arguments)),
+        Command::Verify(arguments) => (arguments.json, commands::verify::run(arguments)),
         Command::Inspect(arguments) => (arguments.json, commands::inspect::run(arguments)),
         Command::Convert(arguments) => (arguments.json, commands::convert::run(arguments)),
         Command::Stamp(arguments) => (arguments.json, commands::stamp::run(arguments)),

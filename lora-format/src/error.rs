@@ -162,6 +162,14 @@ pub enum Error {
 }
 
 impl Error {
+    /// The same of another file, where the reader of the one names the other.
+    pub(crate) fn about(mut self, file: &Path) -> Error {
+        if let Error::Unsupported { path, .. } = &mut self {
+            *path = file.to_owned();
+        }
+        self
+    }
+
     /// An [`Error::Config`].
     pub fn config(path: &Path, field: &str, expected: &'static str, found: &Value) -> Error {
         Error::Config {
@@ -375,6 +383,30 @@ pub enum AdapterProblem {
     PatternOrder { module: String },
     #[error("`{tensor}` belongs to no component")]
     UnusedTensor { tensor: String },
+    #[error("`{first}` and `{second}` should be equal and are not")]
+    CopiesDiffer { first: String, second: String },
+    #[error(
+        "`{module}`: A has {rows} rows, not a multiple of the rank {configured} that the \
+         configuration gives its parameter"
+    )]
+    ExpertRank { module: String, configured: usize, rows: usize },
+    #[error("`{module}`: the configuration says rank {configured}, the tensors have rank {stored}")]
+    ConfiguredRank { module: String, configured: usize, stored: usize },
+    #[error(
+        "`{module}`: the factors of {stored} fused groups, and the {enabled} that enable_lora \
+         names do not fit them"
+    )]
+    Groups { module: String, stored: usize, enabled: usize },
+    #[error("`{tensor}`: dtype {dtype}; indices must be I32 or I64")]
+    IndexDtype { tensor: String, dtype: Dtype },
+    #[error("`{module}`: its two products are {one} and {other}, and should be alike")]
+    ProductsDiffer { module: String, one: Shape, other: Shape },
+    #[error("`{tensor}` has {rows} rows, and the configuration gives it {indices} tokens")]
+    TokenCount { tensor: String, rows: usize, indices: usize },
+    #[error("`{tensor}`: the configuration does not say which tokens it holds")]
+    NoTokens { tensor: String },
+    #[error("`{tensor}`: the configuration's token tables {first:?} and {second:?} both fit it")]
+    ContestedTokens { tensor: String, first: String, second: String },
 }
 
 fn list_unsupported(features: &[Unsupported]) -> String {

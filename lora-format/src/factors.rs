@@ -1,8 +1,8 @@
-//! Two tensors → one low-rank component: the checks that every codec needs.
+//! Two tensors → one low-rank change: the checks that every codec needs.
 
 use crate::error::{AdapterProblem, Shape};
 use crate::limits;
-use crate::model::{Component, Form, LowRank, Scaling, Target};
+use crate::model::{Layer, LowRank, Scaling};
 use crate::tensor::Tensor;
 
 /// The factors of one module, as they are found.
@@ -12,15 +12,27 @@ pub(crate) struct FactorTensors {
     pub(crate) b: Option<Tensor>,
 }
 
-/// The component that `factors` form, or `None` with the reasons in `problems`. `names` are the
-/// names that A and B have in the file, for the message when one is missing.
+/// The change of a linear layer that `factors` form, or `None` with the reasons in `problems`.
+/// `names` are the names that A and B have in the file, for the message when one is missing.
 pub(crate) fn low_rank(
     module: &str,
     factors: FactorTensors,
     names: (String, String),
     scaling: Scaling,
     problems: &mut Vec<AdapterProblem>,
-) -> Option<Component> {
+) -> Option<LowRank> {
+    of_layer(module, Layer::Linear, factors, names, scaling, problems)
+}
+
+/// The same of a layer of another kind.
+pub(crate) fn of_layer(
+    module: &str,
+    layer: Layer,
+    factors: FactorTensors,
+    names: (String, String),
+    scaling: Scaling,
+    problems: &mut Vec<AdapterProblem>,
+) -> Option<LowRank> {
     let (a, b) = match (factors.a, factors.b) {
         (Some(a), Some(b)) => (a, b),
         (Some(_), None) => {
@@ -33,14 +45,28 @@ pub(crate) fn low_rank(
         }
     };
     let before = problems.len();
-    for (factor, expected) in
-        [(&a, "A of a linear layer is rank × in"), (&b, "B of a linear layer is out × rank")]
-    {
+    let (a_is, b_is) = match layer {
+        Layer::Embedding => {
+            ("A of an embedding is rank × vocabulary", "B of an embedding is dimension × rank")
+        }
+        Layer::Convolution => (
+            "A of a convolution is rank × in × kernel",
+            "B of a convolution is out × rank × ones, as many as A has kernel dimensions",
+        ),
+        Layer::Linear | Layer::Merged => {
+            ("A of a linear layer is rank × in", "B of a linear layer is out × rank")
+        }
+    };
+    let dimensions = if layer == Layer::Convolution { a.shape.len() } else { 2 };
+    let fits = |shape: &[usize]| shape.len() == dimensions;
+    let b_fits = |shape: &[usize]| fits(shape) && shape.iter().skip(2).all(|&length| length == 1);
+    let checks = [(&a, fits(&a.shape), a_is), (&b, b_fits(&b.shape), b_is)];
+    for (factor, shape_fits, expected) in checks {
         let tensor = factor.name.clone();
         if !factor.dtype.is_merge_float() {
             let dtype = factor.dtype;
             problems.push(AdapterProblem::FactorDtype { tensor, dtype });
-        } else if factor.shape.len() != 2 {
+        } else if !shape_fits {
             let shape = Shape(factor.shape.clone());
             problems.push(AdapterProblem::FactorShape { tensor, shape, expected });
         }
@@ -59,11 +85,11 @@ pub(crate) fn low_rank(
         problems.push(AdapterProblem::RankRange { module, rank, limit: limits::RANK });
         return None;
     }
-    let low_rank = LowRank { a, b, scaling };
+    let low_rank = LowRank { layer, ..LowRank::linear(a, b, scaling) };
     let scale = low_rank.scale();
     if !scale.is_finite() {
         problems.push(AdapterProblem::Scale { module, scale });
         return None;
     }
-    Some(Component { target: Target::weight(module), form: Form::LowRank(low_rank) })
+    Some(low_rank)
 }

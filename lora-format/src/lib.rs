@@ -26,6 +26,7 @@
 //! bounded ([`limits`]), every offset checked, nothing unknown is skipped, and malformed input is
 //! an [`Error`] that says where.
 
+mod blocks;
 pub mod checkpoint;
 pub mod codec;
 pub mod container;

@@ -36,3 +36,5 @@ pub const PATTERN_TOTAL_STEPS: u64 = 50_000_000;
 pub const PATTERN_MATCHES: u64 = 20_000_000;
 /// The largest rank of a component.
 pub const RANK: usize = 65_536;
+/// Blocks of a block-diagonal factor that is stored without its zeros.
+pub const BLOCKS: usize = 256;

@@ -16,6 +16,7 @@ use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
 use crate::layout::OutputLayout;
+use crate::plan::MergePlan;
 
 /// Whose tokenizer and chat template the output gets.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -109,28 +110,24 @@ impl Assets {
     ///
     /// # Errors
     /// [`Error::Format`] if a directory cannot be listed, [`Error::NoTokenizer`].
-    pub fn plan(
-        base: &Checkpoint,
-        adapter: &Adapter,
-        layout: &OutputLayout,
-        tokenizer: TokenizerSource,
-    ) -> Result<Assets> {
+    pub fn plan(plan: &MergePlan, tokenizer: TokenizerSource) -> Result<Assets> {
+        let base = &plan.base;
         let mut assets = Assets::default();
         if base.layout() == Layout::File {
             return Ok(assets);
         }
         assets.take_base(base)?;
-        if tokenizer != TokenizerSource::Base
-            && let Some(directory) = adapter_directory(adapter)
-        {
-            assets.take_tokenizer(directory)?;
+        if tokenizer != TokenizerSource::Base {
+            let adapters = plan.adapters.iter().map(|one| &one.adapter);
+            let with: Vec<&Path> = adapters.filter_map(adapter_directory).collect();
+            assets.take_tokenizers(&with)?;
         }
         if tokenizer == TokenizerSource::Adapter && assets.from_adapter.is_empty() {
-            let adapter = adapter.path.clone();
-            return Err(Error::NoTokenizer { adapter });
+            let adapters = plan.adapters.iter().map(|one| one.adapter.path.clone()).collect();
+            return Err(Error::NoTokenizer { adapters });
         }
         if let Some(config) = base.config() {
-            assets.edit_config(base, config, layout);
+            assets.edit_config(plan, config);
         }
         Ok(assets)
     }
@@ -179,11 +176,32 @@ impl Assets {
         Ok(())
     }
 
-    fn take_tokenizer(&mut self, directory: &Path) -> Result<()> {
-        let own: Vec<_> = list(directory)?
-            .into_iter()
-            .filter(|(name, _, is_directory)| !is_directory && is_tokenizer_file(name))
-            .collect();
+    /// The tokenizer of the adapters that bring one, if they agree on it.
+    fn take_tokenizers(&mut self, directories: &[&Path]) -> Result<()> {
+        let mut first: Option<(&Path, Vec<TokenizerFile>)> = None;
+        for &directory in directories {
+            let own: Vec<TokenizerFile> = list(directory)?
+                .into_iter()
+                .filter(|(name, _, is_directory)| !is_directory && is_tokenizer_file(name))
+                .map(|(name, path, _)| (name, path))
+                .collect();
+            match &first {
+                _ if own.is_empty() => {}
+                None => first = Some((directory, own)),
+                Some((other, files)) if !same_files(files, &own)? => {
+                    let (first, second) = (other.to_path_buf(), directory.to_owned());
+                    return Err(Error::TokenizersDiffer { first, second });
+                }
+                Some(_) => {}
+            }
+        }
+        match first {
+            Some((directory, files)) => self.take_tokenizer(directory, files),
+            None => Ok(()),
+        }
+    }
+
+    fn take_tokenizer(&mut self, directory: &Path, own: Vec<TokenizerFile>) -> Result<()> {
         // A vocabulary is a set of files that fit together: beside the adapter's, one of the base
         // would be read first, or add its tokens.
         if own.iter().any(|(name, ..)| is_vocabulary(name)) {
@@ -197,7 +215,7 @@ impl Assets {
                 }
             }
         }
-        for (name, path, _) in own {
+        for (name, path) in own {
             self.files.insert(name.clone(), path);
             self.from_adapter.push(name);
         }
@@ -214,14 +232,17 @@ impl Assets {
         Ok(())
     }
 
-    /// Makes `dtype`/`torch_dtype` true and removes a `quantization_config` that no longer holds.
-    fn edit_config(
-        &mut self,
-        base: &Checkpoint,
-        config: &Map<String, Value>,
-        layout: &OutputLayout,
-    ) {
+    /// Makes `dtype`/`torch_dtype`, `tie_word_embeddings` and `vocab_size` true and removes a
+    /// `quantization_config` that no longer holds.
+    fn edit_config(&mut self, plan: &MergePlan, config: &Map<String, Value>) {
+        let (base, layout) = (&plan.base, &plan.output);
         let mut edited = config.clone();
+        if plan.untied {
+            set_text_field(&mut edited, TIE, json!(false), &mut self.config_changes);
+        }
+        if let Some(rows) = plan.vocabulary {
+            set_text_field(&mut edited, VOCABULARY, json!(rows), &mut self.config_changes);
+        }
         if let Some(dtype) = main_dtype(layout) {
             let name = match dtype {
                 Dtype::F32 => "float32",
@@ -244,13 +265,59 @@ impl Assets {
                 self.config_changes.push(format!("{key} added: {name}"));
             }
         }
-        if !is_quantised(base) {
+        // Everything that could be read quantised is written in full precision.
+        if plan.parameters.quantised().is_some() || !is_quantised(base) {
             remove_quantization(&mut edited, "", &mut self.config_changes);
         }
         if !self.config_changes.is_empty() {
             self.config = Some(edited);
         }
     }
+}
+
+const TIE: &str = "tie_word_embeddings";
+const VOCABULARY: &str = "vocab_size";
+
+/// Sets a field of the language model's configuration: of a multimodal model, where its text part
+/// has it, and at the top too if it stands there.
+fn set_text_field(
+    config: &mut Map<String, Value>,
+    field: &str,
+    value: Value,
+    changes: &mut Vec<String>,
+) {
+    let mut set = |config: &mut Map<String, Value>, at: &str| {
+        let old = config.insert(field.to_owned(), value.clone());
+        if old.as_ref() != Some(&value) {
+            let old = old.map_or_else(|| "absent".to_owned(), |old| old.to_string());
+            changes.push(format!("{at}{field}: {old} → {value}"));
+        }
+    };
+    let nested = config.get_mut("text_config").and_then(Value::as_object_mut);
+    let inside = nested.is_some();
+    if let Some(text) = nested {
+        set(text, "text_config.");
+    }
+    if !inside || config.contains_key(field) {
+        set(config, "");
+    }
+}
+
+/// A name and where the file is.
+type TokenizerFile = (String, PathBuf);
+
+/// Whether two sets of tokenizer files are the same, name by name and byte by byte.
+fn same_files(first: &[TokenizerFile], second: &[TokenizerFile]) -> Result<bool> {
+    if first.len() != second.len() {
+        return Ok(false);
+    }
+    for ((name, path), (other_name, other)) in first.iter().zip(second) {
+        let read = |path: &PathBuf| std::fs::read(path).at(path, "read");
+        if name != other_name || read(path)? != read(other)? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// The dtype that a configuration states for the whole model.

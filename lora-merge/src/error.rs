@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use lora_format::{Dtype, Shape};
 
 use crate::names::numberless;
+use crate::quantised::QuantisedProblem;
 
 /// The result of this crate's operations.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -19,10 +20,10 @@ pub enum Error {
     #[error(transparent)]
     Format(#[from] lora_format::Error),
     /// The adapter does not fit the base; no byte was written.
-    #[error("{}", list(adapter, base, problems))]
+    #[error("{}", list(adapters, base, problems))]
     Plan {
-        /// The adapter.
-        adapter: PathBuf,
+        /// The adapters.
+        adapters: Vec<PathBuf>,
         /// The base model.
         base: PathBuf,
         /// Every problem found, in the adapter's order.
@@ -59,6 +60,25 @@ pub enum Error {
         count: usize,
         /// Flat index of the first.
         first: usize,
+    },
+    /// A weight that DoRA scales to a length has none.
+    #[error(
+        "the weights of output feature {feature} are all zero, and `{tensor}` scales them to a \
+         length"
+    )]
+    ZeroNorm {
+        /// The adapter's magnitudes.
+        tensor: String,
+        /// The output feature.
+        feature: usize,
+    },
+    /// A vector that is only a direction has none.
+    #[error("column {column} of `{tensor}` is zero, or a sum of those before it")]
+    NoDirection {
+        /// The adapter's vectors.
+        tensor: String,
+        /// The column.
+        column: usize,
     },
     /// A finite value does not fit the output's dtype.
     #[error(
@@ -109,14 +129,37 @@ pub enum Error {
         reason: String,
     },
     /// The adapter's tokenizer was asked for, and there is none.
-    #[error("{}: the adapter brings no tokenizer and no chat template", adapter.display())]
+    #[error("{}: no tokenizer and no chat template comes with it", paths(adapters))]
     NoTokenizer {
-        /// The adapter.
-        adapter: PathBuf,
+        /// The adapters.
+        adapters: Vec<PathBuf>,
+    },
+    /// Two adapters bring different tokenizers.
+    #[error("{} and {} bring different tokenizers", first.display(), second.display())]
+    TokenizersDiffer {
+        /// The first adapter's directory.
+        first: PathBuf,
+        /// The other's.
+        second: PathBuf,
     },
     /// Shards were asked for where the output is one file.
     #[error("a single file cannot be sharded; give a directory as the base")]
     ShardsNeedDirectory,
+    /// A tensor of an adapter was not used, or used more than once: a fault of this program.
+    #[error(
+        "{}: {used} of {elements} elements of tensor `{tensor}` were used: a fault of this \
+         program; nothing was written", adapter.display()
+    )]
+    Unconsumed {
+        /// The adapter.
+        adapter: PathBuf,
+        /// Its tensor.
+        tensor: String,
+        /// Elements that were used.
+        used: u64,
+        /// Elements that it has.
+        elements: u64,
+    },
     /// The user interrupted the merge.
     #[error("interrupted")]
     Interrupted,
@@ -127,32 +170,55 @@ pub enum Error {
 #[non_exhaustive]
 #[allow(missing_docs, reason = "the messages are the documentation")]
 pub enum PlanProblem {
-    #[error("`{module}`: the base has no such parameter{}", nearest_text(nearest))]
-    Unresolved { module: String, nearest: Vec<String> },
     #[error(
-        "`{module}`: the base ties the output layer to the input embedding and stores no \
-         `{module}.weight`; merging into one of two tied weights changes both"
+        "`{}`: the base has no such parameter{}",
+        parameter_text(module, parameter),
+        nearest_text(nearest)
     )]
-    Tied { module: String },
+    Unresolved { module: String, parameter: String, nearest: Vec<String> },
+    #[error("`{module}`: {}", tied_text(embedding, head))]
+    Tied { module: String, embedding: String, head: Option<String> },
+    #[error("`{parameter}`: {reason}")]
+    Conflict { parameter: String, reason: String },
+    #[error("`{module}`: {problem}")]
+    Experts { module: String, problem: String },
+    #[error("`{module}`: {open}; say how it is laid out with --moe-layout: {layouts}")]
+    ExpertLayout { module: String, open: String, layouts: String },
+    #[error("`{parameter}`: {}", irreversible_text(method))]
+    Irreversible { parameter: String, method: &'static str },
+    #[error("`{parameter}`: the adapter holds {problem}")]
+    Form { parameter: String, problem: String },
+    #[error("`{parameter}`: stored as {dtype} or quantised, so its values cannot be sampled")]
+    Unsampled { parameter: String, dtype: Dtype },
+    #[error(
+        "`{parameter}`: the adapter has factors for some groups of its rows, and no file says for \
+         which"
+    )]
+    Groups { parameter: String },
+    #[error("`{parameter}`: stored twice, once quantised")]
+    StoredTwice { parameter: String },
+    #[error(transparent)]
+    Quantised(#[from] QuantisedProblem),
+    #[error(
+        "`{parameter}` has {rows} rows and `{resized}` will have {new}: embedding and head must \
+         grow together"
+    )]
+    Vocabulary { parameter: String, rows: usize, resized: String, new: usize },
     #[error("`{module}`: fits several parameters of the base: {}", candidates.join(", "))]
     Ambiguous { module: String, candidates: Vec<String> },
     #[error("`{first}` and `{second}` both resolve to `{parameter}`")]
     Collision { first: String, second: String, parameter: String },
     #[error(
-        "`{parameter}`: the base stores {shape}, B·A is {out_features} × {in_features}: {cause}"
+        "`{parameter}`: the base stores {shape}, the adapter's change is {} × {}: {cause}",
+        features_text(*out_features), features_text(*in_features)
     )]
     Shape {
         parameter: String,
         shape: Shape,
-        out_features: usize,
-        in_features: usize,
+        out_features: Option<usize>,
+        in_features: Option<usize>,
         cause: ShapeCause,
     },
-    #[error(
-        "`{parameter}`: the base stores it as {dtype}{}: quantised bases are not implemented yet",
-        method_text(method)
-    )]
-    Quantised { parameter: String, dtype: Dtype, method: Option<String> },
     #[error("`{parameter}`: the base stores it as {dtype}; only F32, F16 and BF16 are merged into")]
     Dtype { parameter: String, dtype: Dtype },
     #[error(
@@ -180,8 +246,7 @@ impl fmt::Display for ShapeCause {
                  training?"
             }
             ShapeCause::NotAMatrix => {
-                "the parameter is not a matrix (fused experts and convolutions are not \
-                 implemented yet)"
+                "the parameter is not a matrix, and the change is one of a linear layer"
             }
             ShapeCause::WrongBase => {
                 "neither this shape nor its transpose fits: is this the model that the adapter \
@@ -198,14 +263,46 @@ fn nearest_text(nearest: &[String]) -> String {
     format!("; nearest: {}", nearest.join(", "))
 }
 
-fn method_text(method: &Option<String>) -> String {
-    method.as_ref().map_or_else(String::new, |method| format!(" (quantised with {method})"))
+/// A module's weight is what every adapter means; other parameters are named.
+fn parameter_text(module: &str, parameter: &str) -> String {
+    if parameter == "weight" { module.to_owned() } else { format!("{module}.{parameter}") }
+}
+
+fn tied_text(embedding: &str, head: &Option<String>) -> String {
+    let stored = match head {
+        Some(head) => format!("`{head}` and `{embedding}` are two copies of it"),
+        None => format!("`{embedding}` is the only copy"),
+    };
+    format!(
+        "the base ties its output head to its input embedding ({stored}), so a change of one \
+         would change the other"
+    )
+}
+
+fn irreversible_text(method: &str) -> String {
+    match method {
+        "replaced" | "token rows" => {
+            "the adapter replaced it, and the merged model no longer has what was there before"
+                .to_owned()
+        }
+        method => format!("{method} depends on the weight as it was before the merge"),
+    }
+}
+
+fn features_text(features: Option<usize>) -> String {
+    features.map_or_else(|| "any".to_owned(), |features| features.to_string())
+}
+
+fn paths(paths: &[PathBuf]) -> String {
+    let names: Vec<String> = paths.iter().map(|path| path.display().to_string()).collect();
+    names.join(" and ")
 }
 
 /// Problems that differ only in their numbers (of layers, of experts) are shown once and counted.
-fn list(adapter: &std::path::Path, base: &std::path::Path, problems: &[PlanProblem]) -> String {
+fn list(adapters: &[PathBuf], base: &std::path::Path, problems: &[PlanProblem]) -> String {
     const SHOWN: usize = 100;
-    let text = format!("{} does not fit {}:", adapter.display(), base.display());
+    let verb = if adapters.len() == 1 { "does" } else { "do" };
+    let text = format!("{} {verb} not fit {}:", paths(adapters), base.display());
     if let [only] = problems {
         return format!("{text} {only}");
     }

@@ -1,19 +1,23 @@
 //! Whether the base in hand is the base that the adapter was trained on.
 
+use lora_format::Tensor;
 use lora_format::checkpoint::{Checkpoint, Location};
 use lora_format::fingerprint::{self, Fingerprint, TargetSamples, Verdict};
 use lora_format::io::mmap::Mapping;
 use lora_format::model::Adapter;
 
 use crate::error::{Error, PlanProblem, Result};
-use crate::plan::PlannedTarget;
-use crate::resolve;
+use crate::parameters::{Parameter, Parameters, Source};
+use crate::place::Placed;
+use crate::resolve::{self, Wanted};
 
-/// Compares the adapter's fingerprint with the base; reads a few pages per sampled target.
+/// Compares an adapter's fingerprint with the base; reads a few pages per sampled target.
 pub(crate) fn check(
     base: &Checkpoint,
+    parameters: &Parameters,
+    index: usize,
     adapter: &Adapter,
-    targets: &[PlannedTarget],
+    placed: &[Placed],
 ) -> Result<Verdict> {
     let Some(recorded) = &adapter.base.fingerprint else {
         return Ok(Verdict::Unknown);
@@ -21,10 +25,11 @@ pub(crate) fn check(
     let mut sampler = Sampler::new(base);
     let mut failure = None;
     let verdict = fingerprint::compare(recorded, |expected| {
-        let target = targets
-            .iter()
-            .find(|target| adapter.components[target.component].target.name() == expected.target)?;
-        match sampler.sample(&expected.target, target.location) {
+        let place = placed.iter().find(|place| {
+            place.adapter == index
+                && adapter.components[place.component].target.name() == expected.target
+        })?;
+        match sampler.sample(&expected.target, parameters.get(place.parameter?)) {
             Ok(samples) => samples,
             Err(error) => {
                 failure = Some(error);
@@ -36,10 +41,39 @@ pub(crate) fn check(
 }
 
 /// Whether two parameters have the same shape, dtype and sampled values.
-pub(crate) fn same_values(base: &Checkpoint, first: Location, second: Location) -> Result<bool> {
+pub(crate) fn same_values(
+    base: &Checkpoint,
+    parameters: &Parameters,
+    first: usize,
+    second: usize,
+) -> Result<bool> {
     let mut sampler = Sampler::new(base);
-    let first = sampler.sample("", first)?;
-    Ok(first.is_some() && first == sampler.sample("", second)?)
+    let first = sampler.sample("", parameters.get(first))?;
+    Ok(first.is_some() && first == sampler.sample("", parameters.get(second))?)
+}
+
+/// Whether a tensor has the rows of a parameter, and perhaps more behind them.
+pub(crate) fn begins_with(
+    base: &Checkpoint,
+    parameters: &Parameters,
+    index: usize,
+    tensor: &Tensor,
+) -> Result<bool> {
+    let parameter = parameters.get(index);
+    let Source::Plain(location) = parameter.source else {
+        return Ok(false);
+    };
+    let same_rows = parameter.shape.get(1..) == tensor.shape.get(1..);
+    if !same_rows || tensor.shape.first() < parameter.shape.first() {
+        return Ok(false);
+    }
+    let mut sampler = Sampler::new(base);
+    let stored = sampler.bytes(location)?;
+    let elements = stored.len() as u64 * 8 / parameter.dtype.bits();
+    let beginning = elements * tensor.dtype.bits() / 8;
+    let beginning = &tensor.bytes()[..beginning as usize];
+    let stored = fingerprint::sample(parameter.dtype, stored);
+    Ok(stored.is_some() && stored == fingerprint::sample(tensor.dtype, beginning))
 }
 
 /// The fingerprint of `base` for this adapter, as `docs/FORMAT.md` defines it.
@@ -48,27 +82,38 @@ pub(crate) fn same_values(base: &Checkpoint, first: Location, second: Location) 
 /// [`Error::Plan`] if a module of the adapter is not in the base, [`Error::Format`] if the base
 /// cannot be read.
 pub fn stamp(adapter: &Adapter, base: &Checkpoint) -> Result<Fingerprint> {
-    let modules: Vec<&str> = adapter.components.iter().map(|c| c.target.module.as_str()).collect();
-    let resolution = resolve::resolve(&modules, base);
+    let refuse = |problems| Error::Plan {
+        adapters: vec![adapter.path.clone()],
+        base: base.path().to_owned(),
+        problems,
+    };
+    let parameters = Parameters::of(base).map_err(refuse)?;
+    let wanted: Vec<Wanted<'_>> = adapter
+        .components
+        .iter()
+        .map(|component| Wanted {
+            module: &component.target.module,
+            parameter: &component.target.parameter,
+            optional: false,
+        })
+        .collect();
+    let resolution = resolve::resolve(&wanted, &parameters);
     if !resolution.problems.is_empty() {
-        let (adapter, base) = (adapter.path.clone(), base.path().to_owned());
-        return Err(Error::Plan { adapter, base, problems: resolution.problems });
+        return Err(refuse(resolution.problems));
     }
     let mut sampler = Sampler::new(base);
     let mut targets = Vec::new();
-    for index in fingerprint::sampled_targets(modules.len()) {
-        let Some(location) = resolution.locations[index] else {
+    for index in fingerprint::sampled_targets(wanted.len()) {
+        let Some(found) = resolution.found[index] else {
             continue;
         };
         let name = adapter.components[index].target.name();
-        match sampler.sample(&name, location)? {
+        let parameter = parameters.get(found);
+        match sampler.sample(&name, parameter)? {
             Some(samples) => targets.push(samples),
             None => {
-                let info = base.info(location);
-                let (parameter, dtype) = (info.name.clone(), info.dtype);
-                let problems = vec![PlanProblem::Quantised { parameter, dtype, method: None }];
-                let (adapter, base) = (adapter.path.clone(), base.path().to_owned());
-                return Err(Error::Plan { adapter, base, problems });
+                let (parameter, dtype) = (parameter.name.clone(), parameter.dtype);
+                return Err(refuse(vec![PlanProblem::Unsampled { parameter, dtype }]));
             }
         }
     }
@@ -86,8 +131,7 @@ impl<'a> Sampler<'a> {
         Sampler { base, mappings: base.shards().iter().map(|_| None).collect() }
     }
 
-    /// `None` unless the parameter is stored as F32, F16 or BF16.
-    fn sample(&mut self, target: &str, location: Location) -> Result<Option<TargetSamples>> {
+    fn bytes(&mut self, location: Location) -> Result<&[u8]> {
         let shard = &self.base.shards()[location.shard];
         let slot = &mut self.mappings[location.shard];
         let mapping = match slot {
@@ -96,11 +140,19 @@ impl<'a> Sampler<'a> {
         };
         let info = self.base.info(location);
         let start = (shard.file.header().data_start + info.start) as usize;
-        let bytes = &mapping[start..start + info.bytes() as usize];
-        Ok(fingerprint::sample(info.dtype, bytes).map(|values| TargetSamples {
+        Ok(&mapping[start..start + info.bytes() as usize])
+    }
+
+    /// `None` unless the parameter is stored plainly as F32, F16 or BF16.
+    fn sample(&mut self, target: &str, parameter: &Parameter) -> Result<Option<TargetSamples>> {
+        let Source::Plain(location) = parameter.source else {
+            return Ok(None);
+        };
+        let values = fingerprint::sample(parameter.dtype, self.bytes(location)?);
+        Ok(values.map(|values| TargetSamples {
             target: target.to_owned(),
-            dtype: info.dtype,
-            shape: info.shape.clone(),
+            dtype: parameter.dtype,
+            shape: parameter.shape.clone(),
             values,
         }))
     }

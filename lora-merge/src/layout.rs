@@ -8,6 +8,8 @@ use lora_format::container::safetensors::{Declared, encode_header};
 use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
+use crate::parameters::{Parameters, Role, Source};
+use crate::plan::PlannedTarget;
 
 /// 5 GB, as huggingface_hub counts them.
 pub const DEFAULT_SHARD_BYTES: u64 = 5_000_000_000;
@@ -15,19 +17,23 @@ pub const DEFAULT_SHARD_BYTES: u64 = 5_000_000_000;
 /// How the output's bytes come to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Job {
-    /// The base's bytes.
+    /// The source's bytes.
     Copy,
-    /// The base's values in another dtype.
+    /// The source's values in another dtype.
     Convert,
-    /// The base's values plus the delta of the target with this index.
+    /// The source's values changed as the target with this index says.
     Merge(usize),
 }
 
 /// One tensor of the output.
 #[derive(Clone, Debug)]
 pub struct OutputTensor {
-    /// The base's tensor.
-    pub source: Location,
+    /// Its name.
+    pub name: String,
+    /// Its shape.
+    pub shape: Vec<usize>,
+    /// Where its values come from.
+    pub source: Source,
     /// How it is made.
     pub job: Job,
     /// The dtype it is written in.
@@ -68,16 +74,33 @@ pub struct OutputLayout {
 pub(crate) struct Choices<'a> {
     /// The dtype that floating-point tensors are converted to; `None` keeps each tensor's own.
     pub(crate) dtype: Option<Dtype>,
-    /// Target indices by location.
-    pub(crate) targets: &'a HashMap<Location, usize>,
+    /// What changes.
+    pub(crate) targets: &'a [PlannedTarget],
     /// The user's `--max-shard-size`.
     pub(crate) shard_bytes: Option<u64>,
 }
 
 /// Lays the output out like the base, or in new shards where its own would grow too large.
-pub(crate) fn lay_out(base: &Checkpoint, choices: &Choices<'_>) -> Result<OutputLayout> {
-    let groups: Vec<Vec<OutputTensor>> =
-        (0..base.shards().len()).map(|shard| shard_tensors(base, shard, choices)).collect();
+pub(crate) fn lay_out(
+    base: &Checkpoint,
+    parameters: &Parameters,
+    choices: &Choices<'_>,
+) -> Result<OutputLayout> {
+    let by_parameter = choices.targets.iter().enumerate();
+    let place = Places {
+        parameters,
+        roles: parameters.roles(),
+        targets: by_parameter
+            .filter_map(|(index, target)| Some((target.parameter?, index)))
+            .collect(),
+        choices,
+    };
+    let mut groups: Vec<Vec<OutputTensor>> =
+        (0..base.shards().len()).map(|shard| place.shard_tensors(base, shard)).collect();
+    if let Some(last) = groups.last_mut() {
+        let added = choices.targets.iter().enumerate().filter(|entry| entry.1.parameter.is_none());
+        last.extend(added.map(|(index, target)| place.target(index, target)));
+    }
     let single = base.layout() == Layout::File;
     if single && choices.shard_bytes.is_some() {
         return Err(Error::ShardsNeedDirectory);
@@ -104,7 +127,7 @@ pub(crate) fn lay_out(base: &Checkpoint, choices: &Choices<'_>) -> Result<Output
     for (number, (name, tensors)) in names.into_iter().zip(groups).enumerate() {
         let metadata =
             if resharded { &metadata } else { &base.shards()[number].file.header().metadata };
-        files.push(place(base, name, metadata, tensors));
+        files.push(close(name, metadata, tensors));
     }
     let tensor_bytes = files.iter().map(|file| data_bytes(&file.tensors)).sum();
     let indexed = files.len() > 1 || (base.layout() == Layout::Sharded && !resharded);
@@ -112,26 +135,63 @@ pub(crate) fn lay_out(base: &Checkpoint, choices: &Choices<'_>) -> Result<Output
     Ok(OutputLayout { files, index, tensor_bytes, resharded })
 }
 
-/// The tensors of one shard of the base in data order, less stale copies.
-fn shard_tensors(base: &Checkpoint, number: usize, choices: &Choices<'_>) -> Vec<OutputTensor> {
-    let shard = &base.shards()[number];
-    let stale = |position: &usize| shard.stale.binary_search(position).is_ok();
-    let positions = (0..shard.file.header().tensors.len()).filter(|position| !stale(position));
-    positions
-        .map(|tensor| {
-            let source = Location { shard: number, tensor };
-            let info = base.info(source);
-            let wanted = choices.dtype.filter(|_| info.dtype.is_merge_float());
-            let dtype = wanted.unwrap_or(info.dtype);
-            let job = match choices.targets.get(&source) {
-                Some(&target) => Job::Merge(target),
-                None if dtype != info.dtype => Job::Convert,
-                None => Job::Copy,
-            };
-            let bytes = info.bytes() * dtype.bits() / info.dtype.bits();
-            OutputTensor { source, job, dtype, bytes, offset: 0 }
-        })
-        .collect()
+/// What decides the place of a tensor.
+struct Places<'a> {
+    parameters: &'a Parameters,
+    roles: HashMap<Location, Role>,
+    /// Target indices by parameter.
+    targets: HashMap<usize, usize>,
+    choices: &'a Choices<'a>,
+}
+
+impl Places<'_> {
+    /// The parameters of one shard of the base in data order: without stale copies, and without
+    /// what only a quantised weight needs.
+    fn shard_tensors(&self, base: &Checkpoint, number: usize) -> Vec<OutputTensor> {
+        let shard = &base.shards()[number];
+        let positions = 0..shard.file.header().tensors.len();
+        let locations = positions.map(|tensor| Location { shard: number, tensor });
+        locations
+            .filter_map(|location| match self.roles.get(&location) {
+                Some(&Role::Parameter(index)) => Some(self.parameter(index)),
+                _ => None,
+            })
+            .collect()
+    }
+
+    fn parameter(&self, index: usize) -> OutputTensor {
+        if let Some(&target) = self.targets.get(&index) {
+            return self.target(target, &self.choices.targets[target]);
+        }
+        let parameter = self.parameters.get(index);
+        let dtype = self.dtype(parameter.dtype);
+        let source = parameter.source;
+        let same = matches!(source, Source::Plain(_)) && dtype == parameter.dtype;
+        let job = if same { Job::Copy } else { Job::Convert };
+        output_tensor(&parameter.name, &parameter.shape, source, job, dtype)
+    }
+
+    fn target(&self, index: usize, target: &PlannedTarget) -> OutputTensor {
+        let dtype = self.dtype(target.dtype);
+        output_tensor(&target.name, &target.shape, target.source, Job::Merge(index), dtype)
+    }
+
+    fn dtype(&self, own: Dtype) -> Dtype {
+        self.choices.dtype.filter(|_| own.is_merge_float()).unwrap_or(own)
+    }
+}
+
+fn output_tensor(
+    name: &str,
+    shape: &[usize],
+    source: Source,
+    job: Job,
+    dtype: Dtype,
+) -> OutputTensor {
+    let (name, shape) = (name.to_owned(), shape.to_vec());
+    // Inputs were checked to have a size that fits; what is written is at most four times that.
+    let bytes = dtype.tensor_bytes(&shape).unwrap_or(u64::MAX);
+    OutputTensor { name, shape, source, job, dtype, bytes, offset: 0 }
 }
 
 /// Greedy in the base's order, as huggingface_hub shards: a file is closed when the next tensor
@@ -171,22 +231,19 @@ fn shared_metadata(base: &Checkpoint) -> Vec<(String, String)> {
     first.iter().filter(|entry| others.iter().all(|other| other.contains(entry))).cloned().collect()
 }
 
-fn place(
-    base: &Checkpoint,
+/// A file with its header, and its tensors at their offsets.
+fn close(
     name: String,
     metadata: &[(String, String)],
     mut tensors: Vec<OutputTensor>,
 ) -> OutputFile {
     let header = encode_header(
         metadata,
-        tensors.iter().map(|tensor| {
-            let info = base.info(tensor.source);
-            Declared {
-                name: &info.name,
-                dtype: tensor.dtype,
-                shape: &info.shape,
-                bytes: tensor.bytes,
-            }
+        tensors.iter().map(|tensor| Declared {
+            name: &tensor.name,
+            dtype: tensor.dtype,
+            shape: &tensor.shape,
+            bytes: tensor.bytes,
         }),
     );
     let mut offset = header.len() as u64;
@@ -204,9 +261,7 @@ fn index(base: &Checkpoint, files: &[OutputFile], tensor_bytes: u64) -> Map<Stri
     let mut entries: Vec<(&str, &str)> = files
         .iter()
         .flat_map(|file| {
-            file.tensors
-                .iter()
-                .map(|tensor| (base.info(tensor.source).name.as_str(), file.name.as_str()))
+            file.tensors.iter().map(|tensor| (tensor.name.as_str(), file.name.as_str()))
         })
         .collect();
     entries.sort_unstable();

@@ -15,15 +15,27 @@
 pub mod assets;
 pub mod engine;
 mod error;
+pub mod experts;
+mod fit;
 pub mod identity;
 pub mod kernels;
 pub mod layout;
+mod loralib;
+pub mod low_rank;
 pub mod names;
+mod numbers;
+mod operator;
 pub mod orientation;
 pub mod output;
+pub mod parameters;
+mod place;
 pub mod plan;
+pub mod quantised;
 pub mod report;
 pub mod resolve;
+pub mod tied;
+pub mod verify;
 
 pub use error::{Bytes, Error, PlanProblem, Result, ShapeCause};
-pub use plan::{MergeOptions, MergePlan, PlannedTarget};
+pub use plan::{MergeOptions, MergePlan, PlannedTarget, WeightedAdapter};
+pub use tied::Tied;

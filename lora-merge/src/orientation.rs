@@ -9,11 +9,12 @@
 use std::collections::BTreeMap;
 
 use lora_format::Shape;
-use lora_format::checkpoint::{Checkpoint, Location};
-use lora_format::model::LowRank;
+use serde_json::{Map, Value};
 
 use crate::error::{PlanProblem, ShapeCause};
 use crate::names::is_number;
+use crate::operator::Features;
+use crate::parameters::Parameters;
 use crate::resolve::is_input_embedding;
 
 /// How a weight is stored.
@@ -46,30 +47,40 @@ pub(crate) enum FromShape {
     Misfit(PlanProblem),
 }
 
-/// Compares a stored shape with the factors'.
-pub(crate) fn from_shape(parameter: &str, shape: &[usize], factors: &LowRank) -> FromShape {
-    let (out, input) = (factors.out_features(), factors.in_features());
-    let cause = match *shape {
-        [rows, cols] if rows == out && cols == input && out == input => return FromShape::Square,
-        [rows, cols] if rows == out && cols == input => {
-            return FromShape::Decided(Orientation::OutIn);
-        }
-        [rows, cols] if rows == input && cols == out => {
-            return FromShape::Decided(Orientation::InOut);
-        }
-        [rows, cols] if is_vocabulary(parameter) && (cols == input || rows == out) => {
+/// Compares a stored matrix with the features that a change has.
+pub(crate) fn from_shape(
+    parameter: &str,
+    (rows, cols): (usize, usize),
+    features: Features,
+) -> FromShape {
+    let Features { out, input } = features;
+    let fits = |known: Option<usize>, stored: usize| known.is_none_or(|known| known == stored);
+    let cause = match (fits(out, rows) && fits(input, cols), fits(input, rows) && fits(out, cols)) {
+        (true, true) => return FromShape::Square,
+        (true, false) => return FromShape::Decided(Orientation::OutIn),
+        (false, true) => return FromShape::Decided(Orientation::InOut),
+        (false, false) if is_vocabulary(parameter) && (fits(input, cols) || fits(out, rows)) => {
             ShapeCause::ResizedVocabulary
         }
-        [_, _] => ShapeCause::WrongBase,
-        _ => ShapeCause::NotAMatrix,
+        (false, false) => ShapeCause::WrongBase,
     };
-    FromShape::Misfit(PlanProblem::Shape {
+    FromShape::Misfit(misfit(parameter, &[rows, cols], features, cause))
+}
+
+/// The problem of a shape that does not fit.
+pub(crate) fn misfit(
+    parameter: &str,
+    shape: &[usize],
+    features: Features,
+    cause: ShapeCause,
+) -> PlanProblem {
+    PlanProblem::Shape {
         parameter: parameter.to_owned(),
         shape: Shape(shape.to_vec()),
-        out_features: out,
-        in_features: input,
+        out_features: features.out,
+        in_features: features.input,
         cause,
-    })
+    }
 }
 
 fn is_vocabulary(parameter: &str) -> bool {
@@ -78,7 +89,8 @@ fn is_vocabulary(parameter: &str) -> bool {
 
 /// Decides square targets.
 pub(crate) struct Judge<'a> {
-    base: &'a Checkpoint,
+    parameters: &'a Parameters,
+    config: Option<&'a Map<String, Value>>,
     /// The trainer's word, or the user's.
     flag: Option<bool>,
     /// Whether the user insists on the flag.
@@ -89,12 +101,14 @@ pub(crate) struct Judge<'a> {
 
 impl<'a> Judge<'a> {
     pub(crate) fn new(
-        base: &'a Checkpoint,
+        parameters: &'a Parameters,
+        config: Option<&'a Map<String, Value>>,
         trained: Option<bool>,
         user: Option<bool>,
         decided: BTreeMap<&'a str, Orientation>,
     ) -> Judge<'a> {
-        Judge { base, flag: user.or(trained), forced: user.is_some(), decided }
+        let (flag, forced) = (user.or(trained), user.is_some());
+        Judge { parameters, config, flag, forced, decided }
     }
 
     /// The orientation of the square weight `parameter`.
@@ -149,7 +163,7 @@ impl<'a> Judge<'a> {
     /// The model type with what it means. A composite (an encoder with a decoder, a tower beside a
     /// language model) means nothing for the whole.
     fn model_type(&self) -> Option<(&'a str, Orientation)> {
-        let config = self.base.config()?;
+        let config = self.config?;
         let composite = config.values().any(|part| part.get("model_type").is_some());
         let model = config.get("model_type")?.as_str()?;
         (!composite).then(|| (model, oriented(CONV1D_MODELS.contains(&model))))
@@ -166,22 +180,22 @@ impl<'a> Judge<'a> {
             .filter(|entry| block_of(entry.0) == block)
             .map(|entry| ((*entry.0).to_owned(), *entry.1))
             .collect();
-        for (_, info) in self.base.tensors_under(block) {
-            let Some(stem) = info.name.strip_suffix(".weight") else {
+        for (_, sibling) in self.parameters.under(block) {
+            let Some(stem) = sibling.name.strip_suffix(".weight") else {
                 continue;
             };
-            let [rows, cols] = *info.shape.as_slice() else {
+            let [rows, cols] = *sibling.shape.as_slice() else {
                 continue;
             };
-            if rows == cols || block_of(&info.name) != block {
+            if rows == cols || block_of(&sibling.name) != block {
                 continue;
             }
-            let bias = self.base.find(&format!("{stem}.bias"));
-            let length = bias.map(|location: Location| self.base.info(location).elements());
+            let bias = self.parameters.find(&format!("{stem}.bias"));
+            let length = bias.map(|index| self.parameters.get(index).elements());
             if length == Some(rows as u64) {
-                found.push((info.name.clone(), Orientation::OutIn));
+                found.push((sibling.name.clone(), Orientation::OutIn));
             } else if length == Some(cols as u64) {
-                found.push((info.name.clone(), Orientation::InOut));
+                found.push((sibling.name.clone(), Orientation::InOut));
             }
         }
         found

@@ -12,7 +12,7 @@ use lora_format::io::atomic::{
 use serde_json::{Map, Value};
 
 use crate::assets::{self, Assets};
-use crate::engine::{self, OutputHandle, Progress, RunOptions};
+use crate::engine::{self, FileSink, OutputHandle, Progress, RunOptions};
 use crate::error::{Error, Result};
 use crate::plan::MergePlan;
 use crate::report::MergeReport;
@@ -40,11 +40,17 @@ pub fn check_destination(plan: &MergePlan, assets: &Assets, options: &OutputOpti
         return Err(Error::NoDirectory { path: parent_of(destination).to_owned() });
     }
     let shards = plan.base.shards().iter().map(|shard| shard.file.path());
-    let (base, adapter) = (plan.base.path(), plan.adapter.path.as_path());
-    let beside = [peft::MODEL_FILE, peft::CONFIG_FILE].map(|name| parent_of(adapter).join(name));
-    let beside = beside.iter().map(PathBuf::as_path).filter(|_| adapter.is_file());
-    for input in shards.chain([base, adapter]).chain(beside) {
+    for input in shards.chain([plan.base.path()]) {
         refuse_input(destination, input)?;
+    }
+    for one in &plan.adapters {
+        let adapter = one.adapter.path.as_path();
+        refuse_input(destination, adapter)?;
+        if adapter.is_file() {
+            for name in [peft::MODEL_FILE, peft::CONFIG_FILE] {
+                refuse_input(destination, &parent_of(adapter).join(name))?;
+            }
+        }
     }
     if destination.file_name().is_none() {
         let (path, reason) = (destination.clone(), "it has no name of its own".to_owned());
@@ -78,7 +84,7 @@ pub fn write(
     if plan.base.layout() == Layout::File {
         let output = AtomicFile::create(&options.destination, options.overwrite)?;
         let handle = OutputHandle { path: &options.destination, file: output.file() };
-        let report = engine::fill(plan, &[handle], run, progress)?;
+        let report = engine::fill(plan, &FileSink(&[handle]), run, progress)?;
         if progress.is_cancelled() {
             return Err(Error::Interrupted);
         }
@@ -104,7 +110,7 @@ fn write_directory(
     }
     let handles: Vec<OutputHandle<'_>> =
         paths.iter().zip(&files).map(|(path, file)| OutputHandle { path, file }).collect();
-    let report = engine::fill(plan, &handles, run, progress)?;
+    let report = engine::fill(plan, &FileSink(&handles), run, progress)?;
     for handle in &handles {
         finish_file(handle.file, handle.path, options.durability)?;
     }

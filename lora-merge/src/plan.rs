@@ -1,22 +1,35 @@
 //! Names → jobs. Everything that can be wrong is found here, before a byte is written.
+//!
+//! Every component of every adapter is placed in a parameter of the base; what falls on one
+//! parameter becomes one [`PlannedTarget`]: where its W comes from, the low-rank terms and
+//! operators that change it, the rows that replace its own.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 
 use lora_format::Dtype;
-use lora_format::checkpoint::{Checkpoint, Location};
+use lora_format::checkpoint::Checkpoint;
 use lora_format::fingerprint::Verdict;
-use lora_format::model::{Adapter, Form, LowRank, Note};
+use lora_format::model::{Adapter, Component, Form, Note};
 
 use crate::error::{Error, PlanProblem, Result};
+use crate::experts;
+use crate::fit;
 use crate::identity;
 use crate::layout::{self, Choices, OutputLayout};
-use crate::orientation::{FromShape, Judge, Orientation, from_shape};
-use crate::resolve::{self, Resolution};
+use crate::loralib;
+use crate::low_rank::Term;
+use crate::operator::Matrix;
+use crate::orientation::Orientation;
+use crate::parameters::{Parameters, Source};
+use crate::place::{self, Part, Placed};
+use crate::quantised::QuantisedProblem;
+use crate::report::ChangeReport;
+use crate::tied::{self, Tied, Ties};
 
 /// What the user may ask of a merge's result.
 #[derive(Clone, Debug, PartialEq)]
 pub struct MergeOptions {
-    /// Multiplies every scale; 1 is the adapter as trained.
+    /// Multiplies the weight of every adapter; 1 is as trained.
     pub scale: f64,
     /// The dtype of the output's floating-point tensors; `None` keeps each tensor's own.
     pub dtype: Option<Dtype>,
@@ -26,6 +39,10 @@ pub struct MergeOptions {
     pub fan_in_fan_out: Option<bool>,
     /// Merge though the base's fingerprint differs.
     pub allow_different_base: bool,
+    /// What to do with a change of one of two tied tensors.
+    pub tied: Tied,
+    /// How the factors of fused experts are packed, where the files cannot say.
+    pub moe_layout: Option<experts::Layout>,
 }
 
 impl Default for MergeOptions {
@@ -36,185 +53,299 @@ impl Default for MergeOptions {
             shard_bytes: None,
             fan_in_fan_out: None,
             allow_different_base: false,
+            tied: Tied::default(),
+            moe_layout: None,
         }
     }
 }
 
-/// A merge that can be run: every tensor of the adapter has its place in the base.
+/// An adapter and how much of it: `Δ = weight · (f(W) − W)`.
+#[derive(Clone, Debug)]
+pub struct WeightedAdapter {
+    /// The adapter.
+    pub adapter: Adapter,
+    /// Its weight; 1 is the adapter as trained.
+    pub weight: f64,
+    /// Whether it is taken out of a model that it was merged into: its changes are subtracted.
+    pub undo: bool,
+}
+
+impl From<Adapter> for WeightedAdapter {
+    fn from(adapter: Adapter) -> WeightedAdapter {
+        WeightedAdapter { adapter, weight: 1.0, undo: false }
+    }
+}
+
+/// A merge that can be run: every tensor of every adapter has its place in the base.
 #[derive(Debug)]
 pub struct MergePlan {
     /// The base model.
     pub base: Checkpoint,
-    /// The adapter.
-    pub adapter: Adapter,
-    /// One entry per component, in the adapter's order.
+    /// Its parameters.
+    pub parameters: Parameters,
+    /// The adapters, in the order in which their changes are added.
+    pub adapters: Vec<WeightedAdapter>,
+    /// One entry per parameter that changes, sorted by name.
     pub targets: Vec<PlannedTarget>,
-    /// Prefixes that differ between adapter and base, with the number of modules.
+    /// Prefixes that differ between adapters and base, with the number of modules.
     pub renames: BTreeMap<(String, String), usize>,
-    /// What the base's identity check found.
-    pub identity: Verdict,
+    /// What the base's identity check found, for every adapter.
+    pub identity: Vec<Verdict>,
     /// The output files.
     pub output: OutputLayout,
+    /// Whether the output's head and input embedding are no longer tied.
+    pub untied: bool,
+    /// The number of rows of the output's embedding, where it is not the base's.
+    pub vocabulary: Option<usize>,
     /// What the user should know.
     pub notes: Vec<Note>,
+    /// How often every component of every adapter is carried out: once, twice where it changes
+    /// both of two tied tensors, or not at all where it is excused.
+    pub(crate) uses: Vec<Vec<u64>>,
 }
 
-/// A component with its place in the base.
+/// A parameter of the output that is not the base's.
 #[derive(Clone, Debug)]
 pub struct PlannedTarget {
-    /// Index of the component in the adapter.
+    /// The base's parameter; `None` if the base has none of this name.
+    pub parameter: Option<usize>,
+    /// Its name in the output.
+    pub name: String,
+    /// Its shape in the output.
+    pub shape: Vec<usize>,
+    /// The dtype that it keeps unless another is asked for.
+    pub dtype: Dtype,
+    /// Where W comes from.
+    pub source: Source,
+    /// Positions of a convolution's kernel; 1 of everything else.
+    pub kernel: usize,
+    /// Whether its first dimension counts matrices.
+    pub stacked: bool,
+    /// The matrices that it is a stack of, each with its changes; of all but fused experts, one.
+    pub slabs: Vec<Slab>,
+    /// What gives some of its rows.
+    pub rows: Vec<Change>,
+    /// Every component that has a part in it.
+    pub changes: Vec<Change>,
+}
+
+/// What changes one matrix.
+#[derive(Clone, Debug, Default)]
+pub struct Slab {
+    /// Low-rank terms.
+    pub terms: Vec<Term>,
+    /// Components that take more than factors.
+    pub operators: Vec<OperatorChange>,
+}
+
+/// A component that an operator carries out.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct OperatorChange {
+    /// The component.
+    pub change: Change,
+    /// The matrix that it changes, as it lies there.
+    pub(crate) matrix: Matrix,
+}
+
+/// A component at work.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Change {
+    /// Index of the adapter.
+    pub adapter: usize,
+    /// Index of its component.
     pub component: usize,
-    /// The base's parameter.
-    pub location: Location,
-    /// How the parameter is stored.
-    pub orientation: Orientation,
-    /// The multiplier of B·A, the user's scale included.
-    pub scale: f64,
+    /// The weight of its change.
+    pub weight: f64,
+    /// How it lies in the stored matrix; `None` of what replaces, and of parts of a stack.
+    pub orientation: Option<Orientation>,
+}
+
+impl PlannedTarget {
+    /// The rows and columns of one of its matrices: those of a vector are one row, a
+    /// convolution's inputs and kernel positions are its columns.
+    pub fn matrix(&self) -> (usize, usize) {
+        match *self.shape.as_slice() {
+            [] => (1, 1),
+            [length] => (1, length),
+            [_, rows, ref rest @ ..] if self.stacked => (rows, rest.iter().product()),
+            [rows, ref rest @ ..] => (rows, rest.iter().product()),
+        }
+    }
 }
 
 impl MergePlan {
-    /// Fits an adapter to a base.
+    /// Fits adapters to a base.
     ///
     /// # Errors
     /// [`Error::Plan`] with everything that does not fit, [`Error::DifferentBase`], or what reading
     /// sampled values of the base meets.
-    pub fn new(base: Checkpoint, adapter: Adapter, options: &MergeOptions) -> Result<MergePlan> {
-        let modules: Vec<&str> =
-            adapter.components.iter().map(|c| c.target.module.as_str()).collect();
-        let Resolution { locations, mut problems, renames } = resolve::resolve(&modules, &base);
-        let orientations = orient(&base, &adapter, &locations, options, &mut problems);
-        if !problems.is_empty() {
-            let (adapter, base) = (adapter.path, base.path().to_owned());
-            return Err(Error::Plan { adapter, base, problems });
-        }
-
-        let mut targets = Vec::with_capacity(locations.len());
-        for (component, (location, orientation)) in locations.iter().zip(orientations).enumerate() {
-            // Present: a missing one would have been a problem.
-            let (Some(location), Some(orientation)) = (*location, orientation) else {
-                continue;
-            };
-            let scale = match &adapter.components[component].form {
-                Form::LowRank(factors) => factors.scale() * options.scale,
-                _ => continue,
-            };
-            targets.push(PlannedTarget { component, location, orientation, scale });
-        }
-
-        let identity = identity::check(&base, &adapter, &targets)?;
-        if let (Verdict::Different { equal, compared, first }, false) =
-            (&identity, options.allow_different_base)
-        {
-            return Err(Error::DifferentBase {
-                adapter: adapter.path,
-                base: base.path().to_owned(),
-                equal: *equal,
-                compared: *compared,
-                first: first.clone(),
-            });
-        }
-
-        let by_location: HashMap<Location, usize> =
-            targets.iter().enumerate().map(|(index, target)| (target.location, index)).collect();
-        let choices = Choices {
-            dtype: options.dtype,
-            targets: &by_location,
-            shard_bytes: options.shard_bytes,
+    pub fn new(
+        base: Checkpoint,
+        adapters: Vec<WeightedAdapter>,
+        options: &MergeOptions,
+    ) -> Result<MergePlan> {
+        let refuse = |adapters: &[WeightedAdapter], base: &Checkpoint, problems| {
+            let adapters = adapters.iter().map(|one| one.adapter.path.clone()).collect();
+            Err(Error::Plan { adapters, base: base.path().to_owned(), problems })
         };
-        let output = layout::lay_out(&base, &choices)?;
-        let notes = adapter.notes.iter().chain(base.notes()).cloned().collect();
-        Ok(MergePlan { base, adapter, targets, renames, identity, output, notes })
-    }
-
-    /// The factors of a target.
-    pub fn factors(&self, target: &PlannedTarget) -> Option<&LowRank> {
-        match &self.adapter.components[target.component].form {
-            Form::LowRank(factors) => Some(factors),
-            _ => None,
-        }
-    }
-
-    /// The base's name of a target's parameter.
-    pub fn parameter(&self, target: &PlannedTarget) -> &str {
-        &self.base.info(target.location).name
-    }
-}
-
-/// The orientation of every resolved component, or a problem for it.
-fn orient(
-    base: &Checkpoint,
-    adapter: &Adapter,
-    locations: &[Option<Location>],
-    options: &MergeOptions,
-    problems: &mut Vec<PlanProblem>,
-) -> Vec<Option<Orientation>> {
-    let mut orientations = vec![None; locations.len()];
-    let mut decided = BTreeMap::new();
-    let mut squares = Vec::new();
-    for (index, (component, location)) in adapter.components.iter().zip(locations).enumerate() {
-        let Some(location) = *location else { continue };
-        let info = base.info(location);
-        let Form::LowRank(factors) = &component.form else {
-            continue;
+        let parameters = match Parameters::of(&base) {
+            Ok(parameters) => parameters,
+            Err(problems) => return refuse(&adapters, &base, problems),
         };
-        if let Some(problem) = unmergeable(base, &info.name, info.dtype) {
-            problems.push(problem);
-            continue;
+        let mut adapters = adapters;
+        for one in &mut adapters {
+            one.weight *= if one.undo { -options.scale } else { options.scale };
         }
-        match from_shape(&info.name, &info.shape, factors) {
-            FromShape::Decided(orientation) => {
-                decided.insert(info.name.as_str(), orientation);
-                orientations[index] = Some(orientation);
+        let undoes = adapters.iter().any(|one| one.undo);
+        let mut problems = Vec::new();
+        let mut placed = Vec::new();
+        let mut renames = BTreeMap::new();
+        let mut notes = Vec::new();
+        for (index, one) in adapters.iter().enumerate() {
+            let found = place::place(
+                index,
+                one,
+                &parameters,
+                base.config(),
+                options.moe_layout,
+                &mut problems,
+            );
+            placed.extend(found.placed);
+            notes.extend(found.notes);
+            for (rename, count) in found.renames {
+                *renames.entry(rename).or_default() += count;
             }
-            FromShape::Square => squares.push((index, info.name.as_str())),
-            FromShape::Misfit(problem) => problems.push(problem),
         }
-    }
-    let judge = Judge::new(base, adapter.fan_in_fan_out, options.fan_in_fan_out, decided);
-    for (index, parameter) in squares {
-        match judge.square(parameter) {
-            Ok(orientation) => orientations[index] = Some(orientation),
-            Err(problem) => problems.push(problem),
-        }
-    }
-    orientations
-}
-
-/// Why a delta cannot be added to this parameter whatever its shape.
-fn unmergeable(base: &Checkpoint, parameter: &str, dtype: Dtype) -> Option<PlanProblem> {
-    if dtype.bits() > 32 || dtype == Dtype::Bool {
-        return Some(PlanProblem::Dtype { parameter: parameter.to_owned(), dtype });
-    }
-    if !dtype.is_merge_float() {
-        let method = base
-            .config()
-            .and_then(|config| config.get("quantization_config")?.get("quant_method")?.as_str())
-            .map(str::to_owned);
-        let parameter = parameter.to_owned();
-        return Some(PlanProblem::Quantised { parameter, dtype, method });
-    }
-    let head_or_embedding =
-        parameter.ends_with("lm_head.weight") || resolve::is_input_embedding(parameter);
-    (head_or_embedding && is_tied(base))
-        .then(|| PlanProblem::Tied { module: parameter.trim_end_matches(".weight").to_owned() })
-}
-
-/// Whether the base ties its output layer to its input embedding: as its configuration says (of a
-/// multimodal model, its text part), or, where that is silent because the model type has a default,
-/// as the stored values do.
-fn is_tied(base: &Checkpoint) -> bool {
-    const FIELD: &str = "tie_word_embeddings";
-    let said = base.config().and_then(|config| {
-        let text = config.get("text_config").and_then(|text| text.get(FIELD));
-        config.get(FIELD).or(text)?.as_bool()
-    });
-    said.unwrap_or_else(|| {
-        let find = |wanted: &dyn Fn(&str) -> bool| {
-            base.tensors().find(|(_, info)| wanted(&info.name)).map(|found| found.0)
+        loralib::expand(&mut adapters, &placed, &parameters, &mut problems);
+        let ties =
+            tied::resolve(&base, &parameters, &adapters, options.tied, &mut placed, &mut problems)?;
+        let inputs = fit::Inputs {
+            base: &base,
+            parameters: &parameters,
+            adapters: &adapters,
+            ties: &ties,
+            options,
         };
-        let head = find(&|name| name.ends_with("lm_head.weight"));
-        let embedding = find(&resolve::is_input_embedding);
-        matches!((head, embedding), (Some(head), Some(embedding))
-            if identity::same_values(base, head, embedding).unwrap_or(false))
-    })
+        let targets = fit::targets(&inputs, &placed, &mut problems);
+        let vocabulary = fit::vocabulary(&parameters, &targets, &mut problems);
+        if !problems.is_empty() {
+            // Perhaps they are why a parameter was not found, or is of no use.
+            let unread = parameters.unexplained().iter();
+            let unread =
+                unread.filter(|one| !matches!(one, QuantisedProblem::NothingQuantised { .. }));
+            problems.extend(unread.cloned().map(PlanProblem::from));
+            return refuse(&adapters, &base, problems);
+        }
+        let uses = uses(&adapters, &placed, &ties)?;
+
+        let mut identity = Vec::with_capacity(adapters.len());
+        for (index, one) in adapters.iter().enumerate() {
+            if undoes {
+                // What is at hand is a merged model, not the base of any adapter.
+                identity.push(Verdict::Unknown);
+                continue;
+            }
+            let verdict = identity::check(&base, &parameters, index, &one.adapter, &placed)?;
+            if let (Verdict::Different { equal, compared, first }, false) =
+                (&verdict, options.allow_different_base)
+            {
+                return Err(Error::DifferentBase {
+                    adapter: one.adapter.path.clone(),
+                    base: base.path().to_owned(),
+                    equal: *equal,
+                    compared: *compared,
+                    first: first.clone(),
+                });
+            }
+            identity.push(verdict);
+        }
+
+        let choices =
+            Choices { dtype: options.dtype, targets: &targets, shard_bytes: options.shard_bytes };
+        let output = layout::lay_out(&base, &parameters, &choices)?;
+        let notes = adapters
+            .iter()
+            .flat_map(|one| &one.adapter.notes)
+            .chain(base.notes())
+            .cloned()
+            .chain(notes)
+            .collect();
+        Ok(MergePlan {
+            base,
+            parameters,
+            adapters,
+            targets,
+            renames,
+            identity,
+            output,
+            untied: ties.untied,
+            vocabulary,
+            notes,
+            uses,
+        })
+    }
+
+    /// A component of one of the adapters.
+    pub fn component(&self, adapter: usize, component: usize) -> &Component {
+        &self.adapters[adapter].adapter.components[component]
+    }
+
+    /// One component's part in a target, for reports.
+    pub fn describe(&self, target: &PlannedTarget, change: &Change) -> ChangeReport {
+        let component = self.component(change.adapter, change.component);
+        let terms = target.slabs.iter().flat_map(|slab| &slab.terms);
+        let own: Vec<&Term> = terms
+            .filter(|term| (term.adapter, term.component) == (change.adapter, change.component))
+            .collect();
+        let (rank, scale) = match (&component.form, own.first()) {
+            (Form::LowRank(form), _) => (Some(form.rank()), Some(form.scale() * change.weight)),
+            (_, Some(term)) => (Some(term.rank()), Some(term.scale)),
+            _ => (None, None),
+        };
+        ChangeReport {
+            adapter: change.adapter,
+            module: component.target.module.clone(),
+            method: component.form.method(),
+            rank,
+            scale,
+            weight: change.weight,
+            orientation: change.orientation,
+        }
+    }
+
+    /// The form of a term.
+    pub(crate) fn form(&self, term: &Term) -> &Form {
+        &self.component(term.adapter, term.component).form
+    }
+}
+
+/// How often every component is carried out. One that was placed nowhere is excused only as the
+/// copy of another, as the gain of a bias that the layer does not have, or as the base's copy in
+/// an adapter that is taken out again.
+fn uses(adapters: &[WeightedAdapter], placed: &[Placed], ties: &Ties) -> Result<Vec<Vec<u64>>> {
+    let mut uses: Vec<Vec<u64>> =
+        adapters.iter().map(|one| vec![0; one.adapter.components.len()]).collect();
+    for place in placed {
+        let slot = &mut uses[place.adapter][place.component];
+        match place.part {
+            Part::Whole => *slot += 1,
+            // Its parts are spread over matrices, and together they are the whole.
+            Part::Slabs { .. } => *slot = 1,
+        }
+    }
+    for (adapter, one) in adapters.iter().enumerate() {
+        for (index, component) in one.adapter.components.iter().enumerate() {
+            let excused = ties.repeated.contains(&(adapter, index))
+                || (matches!(component.form, Form::Base(_)) && one.undo)
+                || (matches!(component.form, Form::Gain(_))
+                    && component.target.parameter == "bias");
+            if uses[adapter][index] == 0 && !excused {
+                let tensor = component.target.name();
+                let elements = component.form.tensors().iter().map(|t| t.elements() as u64).sum();
+                let adapter = one.adapter.path.clone();
+                return Err(Error::Unconsumed { adapter, tensor, used: 0, elements });
+            }
+        }
+    }
+    Ok(uses)
 }

@@ -3,12 +3,13 @@
 use lora_format::Dtype;
 
 use crate::kernels::TileStats;
+use crate::numbers::{float_type, neighbour};
 use crate::orientation::Orientation;
 
 /// The result of a finished merge.
 #[derive(Clone, Debug, PartialEq)]
 pub struct MergeReport {
-    /// One entry per target, in the adapter's order.
+    /// One entry per parameter that changed, sorted by name.
     pub targets: Vec<TargetReport>,
     /// All targets together.
     pub realised: Realised,
@@ -25,20 +26,41 @@ pub struct MergeReport {
 /// What happened to one parameter.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TargetReport {
-    /// The base's name of it.
+    /// Its name.
     pub parameter: String,
     /// Its shape.
     pub shape: Vec<usize>,
-    /// The rank of its delta.
-    pub rank: usize,
-    /// The multiplier of B·A.
-    pub scale: f64,
-    /// How it is stored.
-    pub orientation: Orientation,
+    /// What changed it, in the adapters' order; empty of a head that was only untied.
+    pub changes: Vec<ChangeReport>,
     /// The dtype it was written in.
     pub dtype: Dtype,
     /// What survived of its delta.
     pub realised: Realised,
+    /// Elements of a replacement that the output's dtype had to round.
+    pub rounded: u64,
+    /// What would survive if the parameter were quantised again with the scales that it had.
+    pub requantised: Option<Realised>,
+    /// How much of what the parameter was before a merge can be told, where one is undone.
+    pub undone: Option<Recovered>,
+}
+
+/// One component's part in a parameter.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ChangeReport {
+    /// Index of the adapter.
+    pub adapter: usize,
+    /// The module as the adapter names it.
+    pub module: String,
+    /// The method.
+    pub method: &'static str,
+    /// The rank, of what has one.
+    pub rank: Option<usize>,
+    /// The multiplier of the product, the adapter's weight included, of what has one.
+    pub scale: Option<f64>,
+    /// The weight of the adapter.
+    pub weight: f64,
+    /// How the change lies in the stored matrix.
+    pub orientation: Option<Orientation>,
 }
 
 /// The realised delta: what is left of the wanted delta Δ after rounding to the output's dtype.
@@ -112,5 +134,62 @@ impl Realised {
     pub fn is_poor(&self) -> bool {
         self.projection().is_some_and(|projection| (projection - 1.0).abs() >= 0.05)
             || self.noise().is_some_and(|noise| noise >= 0.1)
+    }
+}
+
+/// What a merge's rounding left of the weight before it.
+///
+/// The merged weight is `W' = round(W + Δ)`, and what is computed back is `round(W' − Δ)`. A value
+/// W is *possible* if merging it gives W' again. Where several neighbouring values are, the one
+/// that the merge began with cannot be told; where none is, W' is not what this adapter makes of
+/// any value of this dtype.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Recovered {
+    /// Elements with Δ ≠ 0.
+    pub elements: u64,
+    /// Those with exactly one possible value: they are what they were.
+    pub exact: u64,
+    /// Those with several: they may be off by a step of their dtype, or more where the merge grew
+    /// them.
+    pub ambiguous: u64,
+    /// Those with none.
+    pub impossible: u64,
+}
+
+impl Recovered {
+    /// Of merged values and the delta that is added to take the adapter out, −Δ.
+    pub(crate) fn of(dtype: Dtype, merged: &[f32], taken: &[f64]) -> Recovered {
+        let Some(float) = float_type(dtype) else {
+            return Recovered::default();
+        };
+        let mut found = Recovered::default();
+        for (&merged, &taken) in merged.iter().zip(taken) {
+            if taken == 0.0 {
+                continue;
+            }
+            found.elements += 1;
+            let bits = float.encode(f64::from(merged));
+            let near = float.encode(f64::from(merged) + taken);
+            let possible = |candidate: u32| {
+                let value = f64::from(float.decode(candidate));
+                value.is_finite() && float.encode(value - taken) == bits
+            };
+            let neighbours =
+                [Some(near), neighbour(float, near, true), neighbour(float, near, false)];
+            match neighbours.into_iter().flatten().filter(|&bits| possible(bits)).count() {
+                0 => found.impossible += 1,
+                1 => found.exact += 1,
+                _ => found.ambiguous += 1,
+            }
+        }
+        found
+    }
+
+    /// Adds another tile's or parameter's.
+    pub fn add(&mut self, other: &Recovered) {
+        self.elements += other.elements;
+        self.exact += other.exact;
+        self.ambiguous += other.ambiguous;
+        self.impossible += other.impossible;
     }
 }

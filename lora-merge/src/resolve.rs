@@ -18,10 +18,9 @@ use std::cmp::Ordering;
 use std::collections::BTreeMap;
 use std::collections::hash_map::{Entry, HashMap};
 
-use lora_format::checkpoint::{Checkpoint, Location};
-
 use crate::error::PlanProblem;
 use crate::names::is_number;
+use crate::parameters::Parameters;
 
 /// Module names that add nothing but a level: a difference in these is a difference of wrappers.
 const WRAPPERS: [&str; 13] = [
@@ -40,9 +39,6 @@ const WRAPPERS: [&str; 13] = [
     "wrapped_model",
 ];
 
-/// The parameter that every module of an adapter uses.
-const PARAMETER: &str = ".weight";
-
 /// How many nearest names an error shows.
 const NEAREST: usize = 3;
 
@@ -50,112 +46,170 @@ const NEAREST: usize = 3;
 /// them are unresolved, and the first hundred say enough.
 const COMPARED: usize = 100;
 
-/// Where the modules of an adapter are in a base.
+/// A parameter as an adapter names it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Wanted<'a> {
+    /// The module.
+    pub module: &'a str,
+    /// The parameter within it.
+    pub parameter: &'a str,
+    /// Whether the base may lack it.
+    pub optional: bool,
+}
+
+/// Where the parameters that an adapter names are in a base.
 #[derive(Debug, Default)]
 pub struct Resolution {
-    /// One location per module, in the order given; `None` where a problem stands instead.
-    pub locations: Vec<Option<Location>>,
+    /// One index into [`Parameters`] per name, in the order given; `None` where a problem stands
+    /// instead, or where an optional parameter is not there.
+    pub found: Vec<Option<usize>>,
     /// What stands in the way.
     pub problems: Vec<PlanProblem>,
-    /// Prefixes that differ, with the number of modules: (adapter's, base's) → count.
+    /// Prefixes that differ, with the number of names: (adapter's, base's) → count.
     pub renames: BTreeMap<(String, String), usize>,
 }
 
-/// Resolves every module of an adapter, sorted by name, against the base.
-pub fn resolve(modules: &[&str], base: &Checkpoint) -> Resolution {
+/// The weight of a MultiheadAttention, which PEFT names after the module alone.
+const IN_PROJ: &str = "in_proj_weight";
+
+/// Resolves every name against the base's parameters. One name may come several times, and is
+/// then one parameter.
+pub fn resolve(wanted: &[Wanted<'_>], parameters: &Parameters) -> Resolution {
     let mut resolution = Resolution::default();
-    let mut suffixes = None;
-    for module in modules {
-        if let Some(location) = base.find(&format!("{module}{PARAMETER}")) {
-            resolution.locations.push(Some(location));
+    let mut indices = Indices { parameters, by_parameter: BTreeMap::new() };
+    for one in wanted {
+        let Wanted { module, parameter, optional } = *one;
+        let exact = |parameter: &str| parameters.find(&format!("{module}.{parameter}"));
+        let attention = || exact(IN_PROJ).filter(|_| parameter == "weight");
+        if let Some(index) = exact(parameter).or_else(attention) {
+            resolution.found.push(Some(index));
             continue;
         }
-        let suffixes = suffixes.get_or_insert_with(|| SuffixIndex::new(base));
-        match suffixes.resolve(module) {
-            Found::One { location, rename } => {
+        match indices.of(parameter).resolve(module) {
+            Found::One { index, rename } => {
                 *resolution.renames.entry(rename).or_default() += 1;
-                resolution.locations.push(Some(location));
+                resolution.found.push(Some(index));
             }
             Found::Several(candidates) => {
-                let module = (*module).to_owned();
+                let module = module.to_owned();
                 resolution.problems.push(PlanProblem::Ambiguous { module, candidates });
-                resolution.locations.push(None);
+                resolution.found.push(None);
             }
+            Found::None if optional => resolution.found.push(None),
             Found::None => {
+                let attention = match parameter {
+                    "weight" => indices.of(IN_PROJ).resolve(module),
+                    _ => Found::None,
+                };
+                if let Found::One { index, rename } = attention {
+                    *resolution.renames.entry(rename).or_default() += 1;
+                    resolution.found.push(Some(index));
+                    continue;
+                }
                 let compare = resolution.problems.len() < COMPARED;
-                resolution.problems.push(unresolved(module, base, suffixes, compare));
-                resolution.locations.push(None);
+                resolution.problems.push(unresolved(one, indices.of(parameter), compare));
+                resolution.found.push(None);
             }
         }
     }
-    refuse_uneven_prefixes(modules, base, &mut resolution);
-    refuse_collisions(modules, base, &mut resolution);
+    refuse_uneven_prefixes(wanted, &mut indices, &mut resolution);
+    refuse_collisions(wanted, parameters, &mut resolution);
     resolution
 }
 
 /// A prefix that only one side has and that is no known wrapper must stand before every module:
 /// one that stands before some of them is another tower of the model (`vision_tower.`).
-fn refuse_uneven_prefixes(modules: &[&str], base: &Checkpoint, resolution: &mut Resolution) {
-    let found = resolution.locations.iter().flatten().count();
-    let even = resolution.renames.values().all(|&modules| modules == found);
+fn refuse_uneven_prefixes(
+    wanted: &[Wanted<'_>],
+    indices: &mut Indices<'_>,
+    resolution: &mut Resolution,
+) {
+    let found = resolution.found.iter().flatten().count();
+    let even = resolution.renames.values().all(|&names| names == found);
     if even || resolution.renames.keys().all(is_wrapper_rename) {
         return;
     }
-    let suffixes = SuffixIndex::new(base);
-    for (module, location) in modules.iter().zip(&mut resolution.locations) {
-        let Some(found) = *location else { continue };
-        let stem = stem(base, found);
-        let shared = shared_suffix(stem, module);
-        let rename = (prefix_before(module, shared), prefix_before(stem, shared));
-        if stem != *module && !is_wrapper_rename(&rename) {
+    for (one, slot) in wanted.iter().zip(&mut resolution.found) {
+        let Some(found) = *slot else { continue };
+        let stem = module_of(&indices.parameters.get(found).name);
+        let shared = shared_suffix(stem, one.module);
+        let rename = (prefix_before(one.module, shared), prefix_before(stem, shared));
+        if stem != one.module && !is_wrapper_rename(&rename) {
             let compare = resolution.problems.len() < COMPARED;
-            resolution.problems.push(unresolved(module, base, &suffixes, compare));
-            *location = None;
+            resolution.problems.push(unresolved(one, indices.of(one.parameter), compare));
+            *slot = None;
         }
     }
     resolution.renames.retain(|rename, _| is_wrapper_rename(rename));
+}
+
+/// Resolves modules among `known` ones by the same rules, without messages for those that it does
+/// not find. What is found are places in `known`.
+pub(crate) fn modules(wanted: &[&str], known: &[&str]) -> Resolution {
+    let exact: HashMap<&str, usize> =
+        known.iter().enumerate().map(|(index, &module)| (module, index)).collect();
+    let mut stems: Vec<(&str, usize)> = exact.iter().map(|(&stem, &index)| (stem, index)).collect();
+    stems.sort_by(|a, b| compare_reversed(a.0, b.0));
+    let index = SuffixIndex { parameter: String::new(), stems };
+    let mut resolution = Resolution::default();
+    let mut renamed = Vec::with_capacity(wanted.len());
+    for module in wanted {
+        let (found, rename) = match (exact.get(module), index.resolve(module)) {
+            (Some(&exact), _) => (Some(exact), None),
+            (None, Found::One { index, rename }) => (Some(index), Some(rename)),
+            (None, Found::Several(candidates)) => {
+                let names = candidates.iter().map(|name| name.trim_end_matches('.').to_owned());
+                let (module, candidates) = ((*module).to_owned(), names.collect());
+                resolution.problems.push(PlanProblem::Ambiguous { module, candidates });
+                (None, None)
+            }
+            (None, Found::None) => (None, None),
+        };
+        if let Some(rename) = &rename {
+            *resolution.renames.entry(rename.clone()).or_default() += 1;
+        }
+        resolution.found.push(found);
+        renamed.push(rename);
+    }
+    let found = resolution.found.iter().flatten().count();
+    let fair =
+        |rename: &(String, String), modules: usize| modules == found || is_wrapper_rename(rename);
+    for (slot, rename) in resolution.found.iter_mut().zip(&renamed) {
+        if rename.as_ref().is_some_and(|rename| !fair(rename, resolution.renames[rename])) {
+            *slot = None;
+        }
+    }
+    resolution.renames.retain(|rename, modules| fair(rename, *modules));
+    resolution
 }
 
 fn is_wrapper_rename(rename: &(String, String)) -> bool {
     is_wrapper(&rename.0) && is_wrapper(&rename.1)
 }
 
-fn refuse_collisions(modules: &[&str], base: &Checkpoint, resolution: &mut Resolution) {
-    let mut taken: HashMap<Location, &str> = HashMap::new();
-    for (module, location) in modules.iter().zip(&resolution.locations) {
-        let Some(location) = *location else { continue };
-        match taken.entry(location) {
+fn refuse_collisions(wanted: &[Wanted<'_>], parameters: &Parameters, resolution: &mut Resolution) {
+    let mut taken: HashMap<usize, &Wanted<'_>> = HashMap::new();
+    for (one, found) in wanted.iter().zip(&resolution.found) {
+        let Some(found) = *found else { continue };
+        match taken.entry(found) {
             Entry::Vacant(slot) => {
-                slot.insert(module);
+                slot.insert(one);
             }
+            Entry::Occupied(slot)
+                if (slot.get().module, slot.get().parameter) == (one.module, one.parameter) => {}
             Entry::Occupied(slot) => resolution.problems.push(PlanProblem::Collision {
-                first: (*slot.get()).to_owned(),
-                second: (*module).to_owned(),
-                parameter: base.info(location).name.clone(),
+                first: slot.get().module.to_owned(),
+                second: one.module.to_owned(),
+                parameter: parameters.get(found).name.clone(),
             }),
         }
     }
 }
 
-fn unresolved(
-    module: &str,
-    base: &Checkpoint,
-    suffixes: &SuffixIndex<'_>,
-    compare: bool,
-) -> PlanProblem {
-    let last = module.rsplit('.').next().unwrap_or(module);
-    if last == "lm_head" && base.tensors().any(|(_, info)| is_input_embedding(&info.name)) {
-        return PlanProblem::Tied { module: module.to_owned() };
-    }
-    for suffix in [".qweight", ".weight_packed"] {
-        if let Some(location) = base.find(&format!("{module}{suffix}")) {
-            let info = base.info(location);
-            let (parameter, dtype) = (info.name.clone(), info.dtype);
-            return PlanProblem::Quantised { parameter, dtype, method: None };
-        }
-    }
-    let nearest = if compare { suffixes.nearest(module) } else { Vec::new() };
-    PlanProblem::Unresolved { module: module.to_owned(), nearest }
+fn unresolved(wanted: &Wanted<'_>, suffixes: &SuffixIndex<'_>, compare: bool) -> PlanProblem {
+    let nearest = if compare { suffixes.nearest(wanted.module) } else { Vec::new() };
+    let (module, parameter) = (wanted.module.to_owned(), wanted.parameter.to_owned());
+    PlanProblem::Unresolved { module, parameter, nearest }
 }
 
 /// Whether this is the input embedding of a language model.
@@ -165,36 +219,63 @@ pub(crate) fn is_input_embedding(name: &str) -> bool {
         .any(|ending| name.ends_with(ending))
 }
 
+/// Whether this is the output head of a language model.
+pub(crate) fn is_head(name: &str) -> bool {
+    ["lm_head.weight", "embed_out.weight"].iter().any(|head| {
+        name.strip_suffix(head).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
+    })
+}
+
 fn is_wrapper(prefix: &str) -> bool {
     prefix.is_empty() || prefix.split('.').all(|part| WRAPPERS.contains(&part))
 }
 
-/// A parameter's module name.
-fn stem(base: &Checkpoint, location: Location) -> &str {
-    let name = &base.info(location).name;
-    name.strip_suffix(PARAMETER).unwrap_or(name)
+/// The module of a parameter.
+pub(crate) fn module_of(name: &str) -> &str {
+    name.rsplit_once('.').map_or("", |parts| parts.0)
 }
 
 enum Found {
-    One { location: Location, rename: (String, String) },
+    One { index: usize, rename: (String, String) },
     Several(Vec<String>),
     None,
 }
 
-/// The base's modules sorted by their reversed names, so that those with the longest common
-/// suffix are neighbours.
+/// One [`SuffixIndex`] per parameter name that was asked for.
+struct Indices<'a> {
+    parameters: &'a Parameters,
+    by_parameter: BTreeMap<String, SuffixIndex<'a>>,
+}
+
+impl<'a> Indices<'a> {
+    fn of(&mut self, parameter: &str) -> &SuffixIndex<'a> {
+        let all = self.parameters;
+        self.by_parameter
+            .entry(parameter.to_owned())
+            .or_insert_with(|| SuffixIndex::new(all, parameter))
+    }
+}
+
+/// The modules that have a parameter of one name, sorted by their reversed names, so that those
+/// with the longest common suffix are neighbours.
 struct SuffixIndex<'a> {
-    stems: Vec<(&'a str, Location)>,
+    parameter: String,
+    stems: Vec<(&'a str, usize)>,
 }
 
 impl<'a> SuffixIndex<'a> {
-    fn new(base: &'a Checkpoint) -> SuffixIndex<'a> {
-        let mut stems: Vec<(&str, Location)> = base
-            .tensors()
-            .filter_map(|(location, info)| Some((info.name.strip_suffix(PARAMETER)?, location)))
+    fn new(parameters: &'a Parameters, parameter: &str) -> SuffixIndex<'a> {
+        let mut stems: Vec<(&str, usize)> = parameters
+            .all()
+            .iter()
+            .enumerate()
+            .filter_map(|(index, entry)| {
+                let (stem, last) = entry.name.rsplit_once('.')?;
+                (last == parameter).then_some((stem, index))
+            })
             .collect();
         stems.sort_by(|a, b| compare_reversed(a.0, b.0));
-        SuffixIndex { stems }
+        SuffixIndex { parameter: parameter.to_owned(), stems }
     }
 
     fn resolve(&self, module: &str) -> Found {
@@ -217,7 +298,7 @@ impl<'a> SuffixIndex<'a> {
         let ours = prefix_before(module, longest);
         // A one-part name such as `proj` ends too many names to mean one of them.
         let specific = module[module.len() - longest..].contains('.');
-        let candidates: Vec<(&(&str, Location), String)> = self.stems[first..end]
+        let candidates: Vec<(&(&str, usize), String)> = self.stems[first..end]
             .iter()
             .map(|entry| (entry, prefix_before(entry.0, longest)))
             .filter(|(_, theirs)| {
@@ -230,12 +311,10 @@ impl<'a> SuffixIndex<'a> {
             .collect();
         match candidates.as_slice() {
             [] => Found::None,
-            [((_, location), theirs)] => {
-                Found::One { location: *location, rename: (ours, theirs.clone()) }
-            }
+            [((_, index), theirs)] => Found::One { index: *index, rename: (ours, theirs.clone()) },
             several => {
-                let name = |candidate: &(&(&str, Location), String)| {
-                    format!("{}{PARAMETER}", candidate.0.0)
+                let name = |candidate: &(&(&str, usize), String)| {
+                    format!("{}.{}", candidate.0.0, self.parameter)
                 };
                 let mut names: Vec<String> = several.iter().map(name).collect();
                 names.sort();
@@ -262,7 +341,7 @@ impl<'a> SuffixIndex<'a> {
         }
         best.into_iter()
             .filter(|entry| entry.0 > 0)
-            .map(|entry| format!("`{}{PARAMETER}`", entry.1))
+            .map(|entry| format!("`{}.{}`", entry.1, self.parameter))
             .collect()
     }
 }

@@ -79,7 +79,8 @@ fn a_stamped_adapter_knows_its_base() {
     };
     let identity = |ran: crate::Ran| {
         assert_eq!(ran.code, Some(0), "{}", ran.stderr);
-        serde_json::from_str::<serde_json::Value>(&ran.stdout).unwrap()["identity"].clone()
+        serde_json::from_str::<serde_json::Value>(&ran.stdout).unwrap()["adapters"][0]["identity"]
+            .clone()
     };
     assert_eq!(identity(merge("base.safetensors", "a")), "same");
     scratch
@@ -105,7 +106,7 @@ fn a_stamped_adapter_knows_its_base() {
     );
     assert_eq!(scratch.names(), before);
     let ran = scratch.cli(&[&arguments[..], &["--allow-different-base"]].concat()).done();
-    let warning = "warning: not the base that the adapter was trained on (0 of 16 sampled values \
+    let warning = "warning: not the base that stamped.safetensors was trained on (0 of 16 sampled values \
                    agree); merging all the same, as asked\n";
     assert!(ran.stderr.contains(warning), "{}", ran.stderr);
 

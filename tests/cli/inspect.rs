@@ -15,7 +15,7 @@ fn an_adapter_in_peft_format() {
     assert!(text.starts_with("peft/llama-vanilla/adapter: adapter, format peft\n14 targets, "));
     for part in [
         "base: lora-fixtures/llama-vanilla, without a fingerprint\n",
-        "2 × model.layers.*.self_attn.q_proj  32 → 32  rank 8  alpha 16  scale 2  F32\n",
+        "2 × model.layers.*.self_attn.q_proj  LoRA  32 → 32  rank 8  alpha 16  scale 2  F32\n",
         "2 × model.layers.*.mlp.down_proj     ",
     ] {
         assert!(text.contains(part), "{part:?} is not in {text}");
@@ -139,10 +139,25 @@ fn what_is_neither_is_said_to_be_neither() {
 
 /// What cannot be merged can still be looked at, and is said to be unmergeable.
 #[test]
-fn an_adapter_that_is_not_implemented_is_listed() {
+fn an_adapter_that_cannot_be_merged_is_listed() {
     let scratch = Scratch::new();
-    let ran = cli(scratch.root(), &["inspect", &peft("unsupported/dora")]);
+    let ran = cli(scratch.root(), &["inspect", &peft("unsupported/alora")]);
     assert_eq!(ran.code, Some(0), "{}", ran.stderr);
-    assert!(ran.stdout.contains("lora_magnitude_vector"), "{}", ran.stdout);
-    assert!(ran.stdout.contains("`use_dora`: true: DoRA rescales"), "{}", ran.stdout);
+    assert!(ran.stdout.contains("lora_A.weight"), "{}", ran.stdout);
+    assert!(
+        ran.stdout.contains("`alora_invocation_tokens`: [5,6]: an activated"),
+        "{}",
+        ran.stdout
+    );
+}
+
+/// Methods other than LoRA show their tensors.
+#[test]
+fn every_method_is_shown() {
+    let scratch = Scratch::new();
+    let shown = |case: &str| cli(scratch.root(), &["inspect", &peft(case)]).stdout;
+    let text = shown("unsupported/dora");
+    assert!(text.contains("q_proj  DoRA  16 → 16  rank 2  alpha 4  scale 2  F32\n"), "{text}");
+    let text = shown("unsupported/ia3");
+    assert!(text.contains("  IA³  F32 ["), "{text}");
 }

@@ -10,20 +10,23 @@ use serde_json::{Map, Value};
 use crate::support::fixtures;
 use crate::{Ran, Scratch, cli, peft};
 
-/// `lora-cli/merge/1`
+/// `lora-cli/merge/2`, `lora-cli/unmerge/1` and `lora-cli/switch/1`
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Merge {
     schema: String,
     status: String,
     base: String,
-    adapter: String,
-    adapter_format: String,
+    adapters: Vec<AdapterReport>,
     output: String,
-    identity: String,
     dtype: String,
     rounding: String,
     seed: Option<u64>,
+    #[serde(deserialize_with = "present")]
+    quantised: Option<Quantised>,
+    untied: bool,
+    #[serde(deserialize_with = "present")]
+    vocabulary: Option<u64>,
     tensors: Tensors,
     output_bytes: u64,
     output_files: Vec<String>,
@@ -38,6 +41,22 @@ struct Merge {
     threads: Option<u64>,
     realised: Option<Realised>,
     targets: Vec<Target>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct AdapterReport {
+    path: String,
+    format: String,
+    weight: f64,
+    identity: String,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Quantised {
+    method: String,
+    weights: u64,
 }
 
 #[derive(Debug, Deserialize)]
@@ -59,15 +78,40 @@ struct Rename {
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Target {
-    module: String,
     parameter: String,
     shape: Vec<u64>,
-    stored: String,
-    base_dtype: String,
-    rank: u64,
-    alpha: f64,
-    scale: f64,
+    source: String,
+    #[serde(deserialize_with = "present")]
+    base_dtype: Option<String>,
+    changes: Vec<Change>,
     realised: Option<Realised>,
+    rounded: Option<u64>,
+    requantised: Option<Realised>,
+    undone: Option<Undone>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Change {
+    adapter: u64,
+    module: String,
+    method: String,
+    weight: f64,
+    #[serde(deserialize_with = "present")]
+    rank: Option<u64>,
+    #[serde(deserialize_with = "present")]
+    scale: Option<f64>,
+    #[serde(deserialize_with = "present")]
+    stored: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Undone {
+    elements: u64,
+    exact: u64,
+    ambiguous: u64,
+    impossible: u64,
 }
 
 #[derive(Debug, Deserialize)]
@@ -84,7 +128,7 @@ struct Realised {
     non_finite: u64,
 }
 
-/// `lora-cli/inspect-adapter/1`
+/// `lora-cli/inspect-adapter/2`
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct InspectAdapter {
@@ -114,16 +158,29 @@ struct InspectAdapter {
 struct Component {
     module: String,
     parameter: String,
-    form: String,
-    rank: u64,
-    alpha: f64,
-    rule: String,
-    scale: f64,
-    in_features: u64,
-    out_features: u64,
-    a_dtype: String,
-    b_dtype: String,
+    method: String,
+    #[serde(deserialize_with = "present")]
+    rank: Option<u64>,
+    #[serde(deserialize_with = "present")]
+    alpha: Option<f64>,
+    #[serde(deserialize_with = "present")]
+    rule: Option<String>,
+    #[serde(deserialize_with = "present")]
+    scale: Option<f64>,
+    #[serde(deserialize_with = "present")]
+    in_features: Option<u64>,
+    #[serde(deserialize_with = "present")]
+    out_features: Option<u64>,
+    tensors: Vec<Factor>,
     parameters: u64,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Factor {
+    name: String,
+    dtype: String,
+    shape: Vec<u64>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -226,11 +283,13 @@ fn a_merge() {
     let merge = ["merge", &base, &adapter, "-o", "out", "--json"];
     let ran = cli(scratch.path(), &[&merge[..], &["--threads", "2", "--dtype", "f32"]].concat());
     let merged: Merge = report(&ran, 0);
-    assert_eq!(merged.schema, "lora-cli/merge/1");
+    assert_eq!(merged.schema, "lora-cli/merge/2");
     assert_eq!(merged.status, "merged");
-    assert_eq!((merged.base, merged.adapter), (base.clone(), adapter.clone()));
-    assert_eq!((merged.adapter_format.as_str(), merged.output.as_str()), ("peft", "out"));
-    assert_eq!((merged.identity.as_str(), merged.dtype.as_str()), ("unknown", "f32"));
+    let [one] = merged.adapters.as_slice() else { panic!("{:?}", merged.adapters) };
+    assert_eq!((&merged.base, &one.path), (&base, &adapter));
+    assert_eq!((one.format.as_str(), one.identity.as_str(), one.weight), ("peft", "unknown", 1.0));
+    assert_eq!((merged.output.as_str(), merged.dtype.as_str()), ("out", "f32"));
+    assert!(merged.quantised.is_none() && merged.vocabulary.is_none() && !merged.untied);
     assert_eq!((merged.rounding.as_str(), merged.seed), ("nearest", None));
     assert_eq!((merged.tensors.merged, merged.tensors.copied), (6, 0));
     assert_eq!(merged.tensors.converted, 15);
@@ -247,9 +306,12 @@ fn a_merge() {
     assert!((realised.projection.unwrap() - 1.0).abs() < 1e-3);
     assert_eq!(merged.targets.len(), 6);
     let target = &merged.targets[0];
-    assert_eq!(target.parameter, format!("{}.weight", target.module));
-    assert_eq!((target.stored.as_str(), target.base_dtype.as_str()), ("out×in", "F16"));
-    assert_eq!((target.rank, target.alpha, target.scale), (5, 10.0, 2.0));
+    let [change] = target.changes.as_slice() else { panic!("{:?}", target.changes) };
+    assert_eq!(target.parameter, format!("{}.weight", change.module));
+    assert_eq!((target.source.as_str(), target.base_dtype.as_deref()), ("stored", Some("F16")));
+    assert_eq!((change.method.as_str(), change.stored.as_deref()), ("LoRA", Some("out×in")));
+    assert_eq!((change.rank, change.scale, change.weight), (Some(5), Some(2.0), 1.0));
+    assert_eq!(change.adapter, 0);
     let elements: u64 = merged
         .targets
         .iter()
@@ -278,7 +340,7 @@ fn a_merge_of_renamed_modules() {
     assert_eq!(merged.renames[0].adapter_prefix, "model.language_model");
     assert_eq!(merged.renames[0].base_prefix, "language_model.model");
     assert_eq!(merged.renames[0].modules, 4);
-    assert!(merged.targets[0].module.starts_with("model.language_model."));
+    assert!(merged.targets[0].changes[0].module.starts_with("model.language_model."));
     assert!(merged.targets[0].parameter.starts_with("language_model.model."));
 }
 
@@ -296,7 +358,7 @@ fn a_merge_without_a_delta() {
 fn an_inspected_adapter() {
     let ran = cli(&fixtures(), &["inspect", "peft/llama-patterns/adapter", "--json"]);
     let adapter: InspectAdapter = report(&ran, 0);
-    assert_eq!(adapter.schema, "lora-cli/inspect-adapter/1");
+    assert_eq!(adapter.schema, "lora-cli/inspect-adapter/2");
     assert_eq!((adapter.format.as_str(), adapter.version), ("peft", None));
     assert_eq!(adapter.base_name.as_deref(), Some("lora-fixtures/llama-patterns"));
     assert_eq!(adapter.fan_in_fan_out, Some(false));
@@ -305,10 +367,15 @@ fn an_inspected_adapter() {
     assert_eq!(adapter.parameters, adapter.components.iter().map(|c| c.parameters).sum::<u64>());
     assert_eq!(adapter.bytes, 4 * adapter.parameters);
     for component in &adapter.components {
-        assert_eq!((component.form.as_str(), component.rule.as_str()), ("low-rank", "alpha/rank"));
-        assert_eq!(component.scale, component.alpha / component.rank as f64);
-        let features = component.in_features + component.out_features;
-        assert_eq!(component.parameters, component.rank * features);
+        assert_eq!(component.method, "LoRA");
+        assert_eq!(component.rule.as_deref(), Some("alpha/rank"));
+        let (alpha, rank) = (component.alpha.unwrap(), component.rank.unwrap());
+        assert_eq!(component.scale, Some(alpha / rank as f64));
+        let [a, b] = component.tensors.as_slice() else { panic!("{:?}", component.tensors) };
+        assert_eq!((a.shape[0], b.shape[1]), (rank, rank));
+        let features = (component.in_features.unwrap(), component.out_features.unwrap());
+        assert_eq!(features, (a.shape[1], b.shape[0]));
+        assert_eq!(component.parameters, rank * (features.0 + features.1));
     }
     assert_eq!(adapter.source.unwrap()["peft_type"], "LORA");
     assert!(!adapter.notes.is_empty() && adapter.digest.is_none());

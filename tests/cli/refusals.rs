@@ -11,10 +11,9 @@ const ADAPTERS: [(&str, &str); 35] = [
       `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`: shape [8]; A of a \
       linear layer is rank × in"),
     ("a-3d",
-     "error: @/adapter_model.safetensors: the adapter uses what this version does not \
-      implement: `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`: a \
-      convolution's factors: not implemented yet\nhint: until it is, PEFT's merge_and_unload can \
-      merge it"),
+     "error: @/adapter_model.safetensors: the adapter is malformed: \
+      `base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight`: shape [4, 2]; B of a \
+      convolution is out × rank × ones, as many as A has kernel dimensions"),
     ("a-without-b",
      "error: @/adapter_model.safetensors: the adapter is malformed: \
       `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight` has no partner \

@@ -369,7 +369,7 @@ const ADAPTERS: &[(&str, &str)] = &[
     ),
     (
         "a-3d",
-        "a-3d/adapter_model.safetensors: the adapter uses what this version does not implement: `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`: a convolution's factors: not implemented yet",
+        "a-3d/adapter_model.safetensors: the adapter is malformed: `base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight`: shape [4, 2]; B of a convolution is out × rank × ones, as many as A has kernel dimensions",
     ),
     (
         "a-without-b",
@@ -436,7 +436,7 @@ const ADAPTERS: &[(&str, &str)] = &[
     ),
     (
         "config-peft-type-unknown",
-        "config-peft-type-unknown/adapter_config.json: the adapter uses what this version does not implement: peft_type LORAX: only LORA is implemented so far",
+        "config-peft-type-unknown/adapter_config.json: the adapter uses what this version does not implement: peft_type LORAX: this method is unknown here",
     ),
     (
         "config-r-fraction",

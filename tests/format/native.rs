@@ -239,7 +239,10 @@ fn component(
 ) -> Component {
     let [a, b] = factors
         .map(|(dtype, shape, bytes)| Tensor::new(String::new(), dtype, shape, bytes).unwrap());
-    Component { target: Target::weight(module), form: Form::LowRank(LowRank { a, b, scaling }) }
+    Component {
+        target: Target::weight(module),
+        form: Form::LowRank(LowRank::linear(a, b, scaling)),
+    }
 }
 
 fn adapter(components: Vec<Component>) -> Adapter {

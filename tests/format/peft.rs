@@ -1,12 +1,15 @@
 //! PEFT directories: what is read, what survives the way to our format and back, what is refused.
 
+mod forms;
+mod refused;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use lora_format::codec::peft::{CONFIG_FILE, MODEL_FILE, write_directory};
 use lora_format::container::safetensors::SafetensorsFile;
 use lora_format::io::atomic::{Durability, Overwrite};
-use lora_format::model::{AdapterFormat, Component, Form, Scaling, ScalingRule};
+use lora_format::model::{AdapterFormat, Component, Form, Note, Scaling, ScalingRule};
 use lora_format::native;
 use lora_format::{Adapter, ReadOptions};
 use lora_tests::fixture;
@@ -22,21 +25,25 @@ pub(crate) fn cases() -> Vec<PathBuf> {
     cases
 }
 
-/// PEFT saved a copy of the base's head with this adapter, which replaces the base's when PEFT
-/// loads it. That is not implemented, and it is not skipped.
+/// PEFT saved a copy of the base's head with this adapter: it is no plain LoRA.
 const SAVED_HEAD: &str = "gpt2-mixed-saved-head";
 
+/// The copy comes first: it is what the other changes of the head are changes of.
 #[test]
-fn a_saved_copy_of_a_base_layer_is_refused() {
-    let adapter = fixture("peft").join(SAVED_HEAD).join("adapter");
-    let message = read(&adapter).unwrap_err().to_string();
-    let (_, message) = message.split_once("adapter_model.safetensors: ").unwrap();
+fn a_saved_copy_of_a_base_layer_is_read() {
+    let adapter = read(&fixture("peft").join(SAVED_HEAD).join("adapter")).unwrap();
+    let [Component { target: first, form: Form::Base(copy) }, second, ..] = &adapter.components[..]
+    else {
+        panic!("{:?}", adapter.components)
+    };
+    assert_eq!((first, &*first.name()), (&second.target, "lm_head.weight"));
+    assert_eq!((&copy.shape[..], second.form.method()), (&[64, 24][..], "LoRA"));
     assert_eq!(
-        message,
-        "the adapter uses what this version does not implement: \
-         `base_model.model.lm_head.base_layer.weight`: a copy of the base's own tensor, which \
-         PEFT saves beside a targeted embedding or output layer: not implemented yet (saving with \
-         save_embedding_layers=False leaves it out)"
+        adapter.plain_low_rank("PEFT").unwrap_err().to_string(),
+        format!(
+            "{}: PEFT cannot hold a change of `lm_head.weight` by base copy",
+            adapter.path.display()
+        )
     );
 }
 
@@ -251,11 +258,9 @@ fn only_unknown_fields_are_ignored() {
     assert_eq!(adapter.source.unwrap().config["use_mystery"], true);
     for (case, field) in [
         ("alora", "alora_invocation_tokens"),
-        ("bias-all", "bias"),
-        ("dora", "use_dora"),
+        ("kasa", "kasa_config"),
         ("layer-replication", "layer_replication"),
         ("pissa", "init_lora_weights"),
-        ("modules-to-save", "modules_to_save"),
     ] {
         let error = ignoring(fixture("peft/unsupported").join(case), field).unwrap_err();
         assert!(error.to_string().contains(&format!("`{field}`")), "{error}");
@@ -295,79 +300,42 @@ fn a_changed_adapter_is_noticed() {
     }
 }
 
-/// What is not implemented is refused, and named.
+/// What is not implemented is refused, and named. What the other adapters there become is in
+/// `forms`.
 #[test]
 fn unsupported_adapters_are_refused_by_name() {
     let folder = fixture("peft/unsupported");
-    let mut paths = entries(&folder, "");
-    paths.retain(|path| path.is_dir());
+    let paths: Vec<PathBuf> = UNSUPPORTED.iter().map(|row| folder.join(row.0)).collect();
     check_table(&folder, &paths, UNSUPPORTED, read);
+    let all = entries(&folder, "").into_iter().filter(|path| path.is_dir()).count();
+    assert_eq!(UNSUPPORTED.len() + forms::PEFT.len(), all);
+}
+
+/// An adapter that belongs to a changed base is read on the user's word, and it is said.
+#[test]
+fn residual_bases_are_taken_on_the_users_word() {
+    for (case, init) in [("pissa", "pissa"), ("olora", "olora")] {
+        let options = ReadOptions { residual_base: true, ..ReadOptions::default() };
+        let adapter = lora_format::read(&fixture("peft/unsupported").join(case), &options).unwrap();
+        assert_eq!(adapter.notes, [Note::ResidualBase { init: init.into() }]);
+        let (again, found) = through_peft(&adapter);
+        assert_eq!(scales(&again), scales(&adapter));
+        assert_eq!(found["init_lora_weights"], true);
+    }
 }
 
 const UNSUPPORTED: &[(&str, &str)] = &[
-    (
-        "adalora",
-        "adalora/adapter_config.json: the adapter uses what this version does not implement: peft_type ADALORA: only LORA is implemented so far",
-    ),
     (
         "alora",
         "alora/adapter_config.json: the adapter uses what this version does not implement: `alora_invocation_tokens`: [5,6]: an activated LoRA acts only after its invocation tokens; it has no merged weight",
     ),
     (
-        "bdlora",
-        "bdlora/adapter_config.json: the adapter uses what this version does not implement: `use_bdlora`: {\"match_strict\":true,\"nblocks\":2,\"target_modules_bd_a\":nu...: BD-LoRA's block-diagonal factors: not implemented yet",
-    ),
-    (
-        "bias-all",
-        "bias-all/adapter_config.json: the adapter uses what this version does not implement: `bias`: \"all\": trained biases replace those of the base: not implemented yet",
-    ),
-    (
-        "bias-lora-only",
-        "bias-lora-only/adapter_config.json: the adapter uses what this version does not implement: `bias`: \"lora_only\": trained biases replace those of the base: not implemented yet",
-    ),
-    (
-        "conv2d",
-        "conv2d/adapter_model.safetensors: the adapter uses what this version does not implement: 2 tensors, `base_model.model.conv.lora_A.weight` to `base_model.model.conv.lora_B.weight`: a convolution's factors: not implemented yet",
-    ),
-    (
-        "dora",
-        "dora/adapter_config.json: the adapter uses what this version does not implement: `use_dora`: true: DoRA rescales every row by a trained magnitude: not implemented yet",
-    ),
-    (
-        "embedding",
-        "embedding/adapter_model.safetensors: the adapter uses what this version does not implement, in 2 places:\n  - 2 tensors, `base_model.model.model.embed_tokens.lora_embedding_A` to `base_model.model.model.embed_tokens.lora_embedding_B`: LoRA on an embedding: not implemented yet\n  - `base_model.model.model.embed_tokens.base_layer.weight`: a copy of the base's own tensor, which PEFT saves beside a targeted embedding or output layer: not implemented yet (saving with save_embedding_layers=False leaves it out)",
-    ),
-    (
-        "ia3",
-        "ia3/adapter_config.json: the adapter uses what this version does not implement: peft_type IA3: only LORA is implemented so far",
-    ),
-    (
         "kasa",
-        "kasa/adapter_config.json: the adapter uses what this version does not implement: `kasa_config`: {\"beta\":0.0001,\"gamma\":0.001}: KaSA truncates the base before it adds: not implemented yet",
+        "kasa/adapter_config.json: the adapter uses what this version does not implement: `kasa_config`: {\"beta\":0.0001,\"gamma\":0.001}: KaSA truncates the singular values of the base before it adds: not implemented",
     ),
     (
         "layer-replication",
         "layer-replication/adapter_config.json: the adapter uses what this version does not implement: `layer_replication`: [[0,2],[1,2]]: layers that share weights receive different adapters, so no single weight can hold the result",
-    ),
-    (
-        "loha",
-        "loha/adapter_config.json: the adapter uses what this version does not implement: peft_type LOHA: only LORA is implemented so far",
-    ),
-    (
-        "lokr",
-        "lokr/adapter_config.json: the adapter uses what this version does not implement: peft_type LOKR: only LORA is implemented so far",
-    ),
-    (
-        "lora-bias",
-        "lora-bias/adapter_config.json: the adapter uses what this version does not implement: `lora_bias`: true: a bias on B: not implemented yet",
-    ),
-    (
-        "modules-to-save",
-        "modules-to-save/adapter_config.json: the adapter uses what this version does not implement: `modules_to_save`: [\"lm_head\"]: modules trained in full replace those of the base: not implemented yet",
-    ),
-    (
-        "multihead-attention",
-        "multihead-attention/adapter_model.safetensors: the adapter uses what this version does not implement: 2 tensors, `base_model.model.mha.base_layer.out_proj.lora_A.weight` to `base_model.model.mha.base_layer.out_proj.lora_B.weight`: LoRA on a part of a wrapped layer (MultiheadAttention): not implemented yet",
     ),
     (
         "non-default-name",
@@ -375,26 +343,14 @@ const UNSUPPORTED: &[(&str, &str)] = &[
     ),
     (
         "olora",
-        "olora/adapter_config.json: the adapter uses what this version does not implement: `init_lora_weights`: \"olora\": this initialisation changes the base model itself, so the factors are only valid on that changed base; convert the adapter with PEFT's `path_initial_model_for_weight_conversion` first",
+        "olora/adapter_config.json: the adapter uses what this version does not implement: `init_lora_weights`: \"olora\": this initialisation changes the base model itself, so the factors are only valid on that changed base; convert the adapter with PEFT's `path_initial_model_for_weight_conversion`, or give the changed base and --residual-base",
     ),
     (
         "pissa",
-        "pissa/adapter_config.json: the adapter uses what this version does not implement: `init_lora_weights`: \"pissa\": this initialisation changes the base model itself, so the factors are only valid on that changed base; convert the adapter with PEFT's `path_initial_model_for_weight_conversion` first",
+        "pissa/adapter_config.json: the adapter uses what this version does not implement: `init_lora_weights`: \"pissa\": this initialisation changes the base model itself, so the factors are only valid on that changed base; convert the adapter with PEFT's `path_initial_model_for_weight_conversion`, or give the changed base and --residual-base",
     ),
     (
         "prompt-tuning",
         "prompt-tuning/adapter_config.json: the adapter uses what this version does not implement: peft_type PROMPT_TUNING: trained context (virtual tokens) is not a change of any weight, so nothing can be merged; serve the adapter with the model",
-    ),
-    (
-        "target-parameters",
-        "target-parameters/adapter_config.json: the adapter uses what this version does not implement: `target_parameters`: [\"mlp.experts.gate_up_proj\",\"mlp.experts.down_proj\"]: LoRA on bare parameters (fused experts): not implemented yet",
-    ),
-    (
-        "trainable-token-indices",
-        "trainable-token-indices/adapter_config.json: the adapter uses what this version does not implement: `trainable_token_indices`: [1,3]: trained token rows: not implemented yet",
-    ),
-    (
-        "vera",
-        "vera/adapter_config.json: the adapter uses what this version does not implement: peft_type VERA: only LORA is implemented so far",
     ),
 ];

@@ -33,7 +33,7 @@ fn put(directory: &Path, files: &[(&str, &str)]) {
 }
 
 fn assets(plan: &MergePlan, tokenizer: TokenizerSource) -> Assets {
-    Assets::plan(&plan.base, &plan.adapter, &plan.output, tokenizer).unwrap()
+    Assets::plan(plan, tokenizer).unwrap()
 }
 
 /// The merged `config.json`, and what was said about it.
@@ -226,9 +226,8 @@ fn the_adapters_tokenizer_must_exist_to_be_asked_for() {
     let case = case(&json!({}));
     put(&case.base, &[("tokenizer.json", "base")]);
     let plan = case.plan(&MergeOptions::default()).unwrap();
-    let error = Assets::plan(&plan.base, &plan.adapter, &plan.output, TokenizerSource::Adapter)
-        .unwrap_err();
-    assert!(error.to_string().ends_with("the adapter brings no tokenizer and no chat template"));
+    let error = Assets::plan(&plan, TokenizerSource::Adapter).unwrap_err();
+    assert!(error.to_string().ends_with("no tokenizer and no chat template comes with it"));
 }
 
 #[test]

@@ -9,11 +9,16 @@
 
 mod assets;
 mod bytes;
+mod dequantised;
+mod features;
 mod fixtures;
 mod identity;
+mod kinds;
 mod layout;
 mod numerics;
 mod orientation;
+mod quantised;
+mod quantised_b;
 mod realised;
 mod resolve;
 mod strict;
@@ -37,7 +42,7 @@ use support::{Factors, Tensor, read_model, write_adapter, write_json, write_tens
 fn plan(base: &Path, adapter: &Path, options: &MergeOptions) -> Result<MergePlan> {
     let base = Checkpoint::open(base)?;
     let adapter = lora_format::read(adapter, &ReadOptions::default())?;
-    MergePlan::new(base, adapter, options)
+    MergePlan::new(base, vec![adapter.into()], options)
 }
 
 fn write(
@@ -46,7 +51,7 @@ fn write(
     output: &Path,
     run: &RunOptions,
 ) -> Result<MergeReport> {
-    let assets = Assets::plan(&plan.base, &plan.adapter, &plan.output, tokenizer)?;
+    let assets = Assets::plan(plan, tokenizer)?;
     let options = OutputOptions {
         destination: output.to_owned(),
         overwrite: Overwrite::Never,

@@ -50,11 +50,11 @@ fn random_case(prng: &mut Prng) {
     let options =
         MergeOptions { dtype, scale, fan_in_fan_out: Some(transposed), ..MergeOptions::default() };
     let merged = case.merge(&options, &RunOptions::default()).unwrap();
-    let report = &merged.report.targets[0];
+    let [change] = merged.report.targets[0].changes.as_slice() else { panic!() };
     // A square weight follows the option, another its shape.
     let expected = if transposed { Orientation::InOut } else { Orientation::OutIn };
-    assert_eq!(report.orientation, expected);
-    assert_eq!(report.scale, scale);
+    assert_eq!(change.orientation, Some(expected));
+    assert_eq!(change.scale, Some(scale));
 
     let stored = crate::support::read_tensors(&case.adapter.join("adapter_model.safetensors"));
     let factor = |which| &stored[&format!("base_model.model.block.0.x.{which}.weight")];

@@ -36,8 +36,8 @@ fn case(
 fn decided(case: &Case, user: Option<bool>) -> Orientation {
     let options = MergeOptions { fan_in_fan_out: user, ..MergeOptions::default() };
     let plan = case.plan(&options).unwrap_or_else(|error| panic!("{error}"));
-    let target = plan.targets.iter().find(|t| plan.parameter(t) == "h.0.attn.c_proj.weight");
-    target.unwrap().orientation
+    let target = plan.targets.iter().find(|target| target.name == "h.0.attn.c_proj.weight");
+    target.unwrap().changes[0].orientation.unwrap()
 }
 
 /// A fused projection of 8 inputs and 24 outputs, stored as Conv1D or Linear do, with its bias.

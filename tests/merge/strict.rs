@@ -39,10 +39,10 @@ fn a_tensor_missing_from_the_base_stops_the_merge() {
 fn an_extra_adapter_tensor_stops_the_merge() {
     let extras = [
         ("base_model.model.model.norm.weight", "stored in full"),
-        ("base_model.model.model.layers.0.self_attn.q_proj.bias", "a trained bias"),
-        ("base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector", "DoRA"),
-        ("base_model.model.model.embed_tokens.lora_embedding_A", "embedding"),
-        ("something", "stored in full"),
+        ("base_model.model.model.layers.0.self_attn.q_proj.bias", "stored in full"),
+        ("base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector", ""),
+        ("base_model.model.model.embed_tokens.lora_embedding_A", "lora_embedding_B"),
+        ("something", "a tensor of no module"),
     ];
     for (name, reason) in extras {
         let case = copy("llama-vanilla");

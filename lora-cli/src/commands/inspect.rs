@@ -7,7 +7,7 @@ use clap::Args;
 use lora_format::checkpoint::{Checkpoint, Layout};
 use lora_format::codec::peft;
 use lora_format::container::safetensors::SafetensorsFile;
-use lora_format::model::{Adapter, AdapterFormat, Form};
+use lora_format::model::{Adapter, AdapterFormat, Form, LowRank};
 use lora_format::native::{self, DigestVerdict};
 use lora_format::{DetectProblem, Error};
 use lora_merge::Bytes;
@@ -71,7 +71,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
     }
 }
 
-/// `lora-cli/inspect-adapter/1`
+/// `lora-cli/inspect-adapter/2`
 #[derive(Debug, Serialize)]
 struct AdapterReport<'a> {
     schema: &'static str,
@@ -97,16 +97,23 @@ struct AdapterReport<'a> {
 struct ComponentReport<'a> {
     module: &'a str,
     parameter: &'a str,
-    form: &'static str,
-    rank: usize,
-    alpha: f64,
-    rule: &'static str,
-    scale: f64,
-    in_features: usize,
-    out_features: usize,
-    a_dtype: &'static str,
-    b_dtype: &'static str,
+    method: &'static str,
+    rank: Option<usize>,
+    alpha: Option<f64>,
+    rule: Option<&'static str>,
+    scale: Option<f64>,
+    in_features: Option<usize>,
+    out_features: Option<usize>,
+    tensors: Vec<FactorReport<'a>>,
     parameters: u64,
+}
+
+/// A tensor of a component.
+#[derive(Debug, Serialize)]
+struct FactorReport<'a> {
+    name: &'a str,
+    dtype: &'static str,
+    shape: &'a [usize],
 }
 
 #[derive(Debug, Serialize)]
@@ -120,21 +127,31 @@ fn inspect_adapter(arguments: &Arguments, adapter: &Adapter) -> Result<Outcome, 
     let mut components = Vec::with_capacity(adapter.components.len());
     let mut bytes = 0;
     for component in &adapter.components {
-        let Form::LowRank(factors) = &component.form else { continue };
-        bytes += (factors.a.bytes().len() + factors.b.bytes().len()) as u64;
+        let tensors = component.form.tensors();
+        bytes += tensors.iter().map(|tensor| tensor.bytes().len() as u64).sum::<u64>();
+        let low_rank = match &component.form {
+            Form::LowRank(factors) => Some(factors),
+            _ => None,
+        };
         components.push(ComponentReport {
             module: &component.target.module,
             parameter: &component.target.parameter,
-            form: "low-rank",
-            rank: factors.rank(),
-            alpha: factors.scaling.alpha,
-            rule: factors.scaling.rule.name(),
-            scale: factors.scale(),
-            in_features: factors.in_features(),
-            out_features: factors.out_features(),
-            a_dtype: factors.a.dtype.name(),
-            b_dtype: factors.b.dtype.name(),
-            parameters: (factors.a.elements() + factors.b.elements()) as u64,
+            method: component.form.method(),
+            rank: low_rank.map(LowRank::rank),
+            alpha: low_rank.map(|factors| factors.scaling.alpha),
+            rule: low_rank.map(|factors| factors.scaling.rule.name()),
+            scale: low_rank.map(LowRank::scale),
+            in_features: low_rank.map(LowRank::in_features),
+            out_features: low_rank.map(LowRank::out_features),
+            parameters: tensors.iter().map(|tensor| tensor.elements() as u64).sum(),
+            tensors: tensors
+                .into_iter()
+                .map(|tensor| FactorReport {
+                    name: &tensor.name,
+                    dtype: tensor.dtype.name(),
+                    shape: &tensor.shape,
+                })
+                .collect(),
         });
     }
     let native = adapter.format == AdapterFormat::Native;
@@ -149,7 +166,7 @@ fn inspect_adapter(arguments: &Arguments, adapter: &Adapter) -> Result<Outcome, 
     };
     let damaged = digest.as_ref().is_some_and(|digest| !digest.intact);
     let report = AdapterReport {
-        schema: "lora-cli/inspect-adapter/1",
+        schema: "lora-cli/inspect-adapter/2",
         path: adapter.path.display().to_string(),
         format: adapter.format.name(),
         version: native.then_some(native::VERSION),
@@ -207,20 +224,24 @@ fn adapter_text(report: &AdapterReport<'_>) -> String {
     text.push('\n');
     let mut groups: BTreeMap<(String, String), usize> = BTreeMap::new();
     for component in &report.components {
-        let dtype = if component.a_dtype == component.b_dtype {
-            component.a_dtype.to_owned()
-        } else {
-            format!("{}/{}", component.a_dtype, component.b_dtype)
+        let mut words = vec![component.method.to_owned()];
+        let features = component.in_features.zip(component.out_features);
+        words.extend(features.map(|(input, out)| format!("{input} → {out}")));
+        words.extend(component.rank.map(|rank| format!("rank {rank}")));
+        words.extend(component.alpha.map(|alpha| format!("alpha {alpha}")));
+        words.extend(component.scale.map(|scale| format!("scale {scale}")));
+        let tensors = component.tensors.iter();
+        let mut stored: Vec<String> = match features {
+            Some(_) => tensors.map(|tensor| tensor.dtype.to_owned()).collect(),
+            None => tensors.map(|t| format!("{} {:?}", t.dtype, t.shape)).collect(),
         };
-        let what = format!(
-            "{} → {}  rank {}  alpha {}  scale {}  {dtype}",
-            component.in_features,
-            component.out_features,
-            component.rank,
-            component.alpha,
-            component.scale
-        );
-        *groups.entry((numberless(component.module), what)).or_default() += 1;
+        stored.dedup();
+        let what = format!("{}  {}", words.join("  "), stored.join("/"));
+        let name = match component.parameter {
+            "weight" => component.module.to_owned(),
+            parameter => format!("{}.{parameter}", component.module),
+        };
+        *groups.entry((numberless(&name), what)).or_default() += 1;
     }
     let width = groups.keys().map(|key| key.0.chars().count()).max().unwrap_or(0);
     for ((module, what), count) in &groups {

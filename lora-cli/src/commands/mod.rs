@@ -2,8 +2,12 @@
 
 pub(crate) mod convert;
 pub(crate) mod inspect;
+mod making;
 pub(crate) mod merge;
 pub(crate) mod stamp;
+pub(crate) mod switch;
+pub(crate) mod unmerge;
+pub(crate) mod verify;
 
 use clap::Args;
 use lora_format::container::safetensors::SafetensorsFile;
@@ -23,11 +27,23 @@ pub(crate) struct AdapterArguments {
     /// Pass over a field of adapter_config.json that is not known here
     #[arg(long, value_name = "NAME")]
     pub(crate) ignore_field: Vec<String>,
+    /// Which groups of a fused projection were trained, for loralib's MergedLinear: true,false,true
+    #[arg(long, value_name = "BOOLS", value_delimiter = ',')]
+    pub(crate) enable_lora: Option<Vec<bool>>,
+    /// The base given is the residual base that training began with (PiSSA, OLoRA, CorDA, LoftQ,
+    /// LoRA-GA)
+    #[arg(long)]
+    pub(crate) residual_base: bool,
 }
 
 impl AdapterArguments {
     pub(crate) fn read_options(&self) -> ReadOptions {
-        ReadOptions { alpha: self.alpha, ignore_fields: self.ignore_field.clone() }
+        ReadOptions {
+            alpha: self.alpha,
+            ignore_fields: self.ignore_field.clone(),
+            enable_lora: self.enable_lora.clone(),
+            residual_base: self.residual_base,
+        }
     }
 }
 

@@ -1,8 +1,10 @@
 //! One codec per adapter format: bytes ⇄ [`Adapter`].
 //!
 //! The format is detected from content: a safetensors file that carries our configuration is
-//! ours; one whose tensors are named as PEFT names them is PEFT's.
+//! ours; one whose tensors are named as PEFT names them, or that lies beside PEFT's configuration
+//! under PEFT's name, is PEFT's; one with `lora_A` and `lora_B` alone is loralib's.
 
+pub mod loralib;
 pub mod peft;
 
 use std::path::{Path, PathBuf};
@@ -20,6 +22,12 @@ pub struct ReadOptions {
     /// Configuration fields that may be ignored though they are unknown. A field that is known to
     /// change the result is refused all the same.
     pub ignore_fields: Vec<String>,
+    /// The base given is the one that training began with, which the initialisation had changed
+    /// (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA): the factors are valid on it.
+    pub residual_base: bool,
+    /// loralib's `enable_lora`: which of the equal groups of rows of a fused projection have a
+    /// change.
+    pub enable_lora: Option<Vec<bool>>,
 }
 
 /// Reads an adapter of any known format.
@@ -40,9 +48,16 @@ pub fn read(path: &Path, options: &ReadOptions) -> Result<Adapter> {
         refuse_options(path, options)?;
         return Ok(adapter);
     }
-    if peft::is_peft(file.header()) {
-        let config = peft::config_beside(path);
+    let config = peft::config_beside(path);
+    let named = path.file_name().is_some_and(|name| name == peft::MODEL_FILE);
+    if peft::is_peft(file.header()) || (named && config.is_some()) {
         return peft::read_file(&file, config.as_deref(), options);
+    }
+    if loralib::is_loralib(file.header()) {
+        return match config {
+            Some(config) => peft::read_file(&file, Some(&config), options),
+            None => loralib::read(&file, options),
+        };
     }
     let tensors = &file.header().tensors;
     Err(unrecognised(DetectProblem::NotAnAdapter {
@@ -57,6 +72,10 @@ fn refuse_options(path: &Path, options: &ReadOptions) -> Result<()> {
         ("alpha", "the file records its own")
     } else if !options.ignore_fields.is_empty() {
         ("field to ignore", "a file of this format has no unknown fields to pass over")
+    } else if options.residual_base {
+        ("residual base", "the file records no initialisation")
+    } else if options.enable_lora.is_some() {
+        ("enable_lora", "only loralib has fused projections")
     } else {
         return Ok(());
     };

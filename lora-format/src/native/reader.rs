@@ -20,7 +20,9 @@ use crate::factors::{self, FactorTensors};
 use crate::fingerprint::{self, BaseIdentity, Fingerprint, TargetSamples};
 use crate::json;
 use crate::limits;
-use crate::model::{Adapter, AdapterFormat, Form, LowRank, Scaling, ScalingRule, SourceConfig};
+use crate::model::{
+    Adapter, AdapterFormat, Component, Form, LowRank, Scaling, ScalingRule, SourceConfig, Target,
+};
 use crate::tensor::{self, Tensor};
 
 /// Whether a safetensors file is of our format.
@@ -70,10 +72,10 @@ pub fn read(file: &SafetensorsFile) -> Result<Adapter> {
         let alpha = alphas.remove(&module);
         let names = (format!("{module}{A_SUFFIX}"), format!("{module}{B_SUFFIX}"));
         let built = factors::low_rank(&module, factors, names, scaling, &mut problems);
-        let Some(component) = built else { continue };
-        let Form::LowRank(low_rank) = &component.form;
-        check_alpha(&module, alpha, low_rank, &mut problems);
-        components.push(component);
+        let Some(low_rank) = built else { continue };
+        check_alpha(&module, alpha, &low_rank, &mut problems);
+        components
+            .push(Component { target: Target::weight(module), form: Form::LowRank(low_rank) });
     }
     let leftover = alphas.into_values();
     problems.extend(leftover.map(|tensor| AdapterProblem::UnusedTensor { tensor: tensor.name }));

@@ -16,7 +16,10 @@ use crate::dtype::Dtype;
 use crate::error::{AdapterProblem, Error, Result};
 use crate::fingerprint::ALGORITHM;
 use crate::io::atomic::{AtomicFile, Durability, Overwrite};
-use crate::model::{Adapter, Form, Scaling};
+use crate::model::{Adapter, Scaling};
+
+/// This format, as messages name it.
+const FORMAT: &str = "format version 1.0-draft";
 
 /// Writes an adapter as one file, complete or not at all.
 ///
@@ -93,16 +96,8 @@ pub fn encode(adapter: &Adapter) -> Result<(Vec<u8>, Vec<OutputTensor<'_>>)> {
 /// The tensors of every component, in storage order.
 fn lay_out(adapter: &Adapter) -> Result<Vec<OutputTensor<'_>>> {
     let mut tensors = Vec::with_capacity(adapter.components.len() * 3);
-    for component in &adapter.components {
-        let Form::LowRank(factors) = &component.form;
-        let module = &component.target.module;
-        if component.target.parameter != "weight" {
-            return Err(Error::Inexpressible {
-                path: adapter.path.clone(),
-                format: "format version 1.0-draft",
-                what: format!("a change of `{}`", component.target.name()),
-            });
-        }
+    for (target, factors) in adapter.plain_low_rank(FORMAT)? {
+        let module = &target.module;
         for (suffix, factor) in [(A_SUFFIX, &factors.a), (B_SUFFIX, &factors.b)] {
             tensors.push(OutputTensor {
                 name: format!("{module}{suffix}"),
@@ -135,11 +130,10 @@ pub(super) fn naive_alpha(scaling: Scaling, rank: usize) -> f32 {
 
 fn describe(adapter: &Adapter, digest: &str) -> Result<Config> {
     let mut groups: BTreeMap<(&str, u64), (Scaling, Vec<String>)> = BTreeMap::new();
-    for component in &adapter.components {
-        let Form::LowRank(factors) = &component.form;
+    for (target, factors) in adapter.plain_low_rank(FORMAT)? {
         let key = (factors.scaling.rule.name(), factors.scaling.alpha.to_bits());
         let group = groups.entry(key).or_insert_with(|| (factors.scaling, Vec::new()));
-        group.1.push(component.target.module.clone());
+        group.1.push(target.module.clone());
     }
     // The commonest scaling is the file's default; of equals, the first in key order.
     let largest = groups.values().map(|group| group.1.len()).max();
@@ -150,7 +144,7 @@ fn describe(adapter: &Adapter, digest: &str) -> Result<Config> {
     let Some((default_key, default_scaling)) = default else {
         return Err(Error::Inexpressible {
             path: adapter.path.clone(),
-            format: "format version 1.0-draft",
+            format: FORMAT,
             what: "an adapter without components".to_owned(),
         });
     };

@@ -1,13 +1,15 @@
 //! The streaming merge: mapped base → tiles → kernels → output files.
 //!
-//! Workers take tiles in file order from one counter. A tile is read through the mapping, merged
-//! into the worker's buffer and written at its place; its pages are then given back, so that
-//! memory does not grow with the model. Factors are unpacked when the first tile of their target
-//! is reached and dropped after its last. The bytes do not depend on the number of threads, the
-//! tile size or the instruction set (`docs/numerics.md`).
+//! Workers take tiles in file order from one counter. A tile is read through the mapping (and
+//! decoded, if the base is quantised), merged into the worker's buffer and written at its place;
+//! its pages are then given back, so that memory does not grow with the model. What changes a
+//! matrix is prepared when its first tile is reached and dropped after its last. The bytes do not
+//! depend on the number of threads, the tile size or the instruction set (`docs/numerics.md`).
 
 mod copy;
+mod ledger;
 mod schedule;
+mod source;
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -16,19 +18,22 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use lora_format::Dtype;
-use lora_format::checkpoint::Location;
 use lora_format::io::mmap::Mapping;
-use lora_format::model::LowRank;
+use lora_format::model::Form;
 use lora_format::{IoContext, Tensor};
 
 use crate::error::{Error, Result};
 use crate::kernels::{self, Factors, FloatType, Isa, Rounding, TileRegion, TileStats};
-use crate::layout::OutputFile;
-use crate::orientation::Orientation;
-use crate::plan::{MergePlan, PlannedTarget};
-use crate::report::{MergeReport, Realised, TargetReport};
+use crate::layout::{Job, OutputFile};
+use crate::low_rank::{self, Term};
+use crate::numbers::{decode_bytes, dtype_of, non_finite};
+use crate::operator::{self, Operator};
+use crate::parameters::Source;
+use crate::plan::{Change, MergePlan, PlannedTarget};
+use crate::report::{MergeReport, Realised, Recovered, TargetReport};
+use ledger::Ledger;
 use schedule::{Work, WorkKind};
+use source::{Scratch, Sources, Values};
 
 /// How a merge is carried out. Nothing here changes what is written, except `rounding`.
 #[derive(Clone, Debug)]
@@ -43,6 +48,12 @@ pub struct RunOptions {
     pub allow_non_finite: bool,
     /// The size that a tile aims at, in bytes of base or output, whichever is larger.
     pub tile_bytes: usize,
+    /// Whether to find out what quantising a merged quantised weight again would lose.
+    pub requantise: bool,
+    /// Carries no component of this method out, as a faulty engine would: for the test that such
+    /// a merge fails.
+    #[doc(hidden)]
+    pub fault: Option<&'static str>,
 }
 
 impl Default for RunOptions {
@@ -53,6 +64,8 @@ impl Default for RunOptions {
             rounding: RoundingMode::Nearest,
             allow_non_finite: false,
             tile_bytes: DEFAULT_TILE_BYTES,
+            requantise: true,
+            fault: None,
         }
     }
 }
@@ -84,13 +97,16 @@ pub enum RoundingMode {
 }
 
 impl RoundingMode {
-    /// The kernels' rounding for one tensor.
-    fn of(self, parameter: &str) -> Rounding {
+    /// The kernels' rounding for one matrix of a parameter.
+    fn of(self, target: &PlannedTarget, slab: usize) -> Rounding {
         match self {
             RoundingMode::Nearest => Rounding::Nearest,
-            RoundingMode::Stochastic { seed } => {
-                Rounding::Stochastic { key: stochastic_key(seed, parameter) }
+            RoundingMode::Stochastic { seed } if target.slabs.len() == 1 => {
+                Rounding::Stochastic { key: stochastic_key(seed, &target.name) }
             }
+            RoundingMode::Stochastic { seed } => Rounding::Stochastic {
+                key: stochastic_key(seed, &format!("{}[{slab}]", target.name)),
+            },
         }
     }
 }
@@ -127,46 +143,88 @@ impl Progress {
     }
 }
 
+/// Where the output's bytes go.
+pub(crate) trait Sink: Sync {
+    /// Takes bytes of an output file at an offset.
+    fn put(&self, file: usize, offset: u64, bytes: &[u8]) -> Result<()>;
+
+    /// Takes a range of one of the base's files, which `mapping` maps, as it is.
+    fn copy(
+        &self,
+        file: usize,
+        offset: u64,
+        source: &File,
+        mapping: &Mapping,
+        range: Range<usize>,
+    ) -> Result<()>;
+}
+
 /// An open output file, with the name that messages give it.
 pub(crate) struct OutputHandle<'a> {
     pub(crate) path: &'a Path,
     pub(crate) file: &'a File,
 }
 
-/// Fills the output files, which are open and empty, one per file of the plan's layout.
+/// The files of an output.
+pub(crate) struct FileSink<'a>(pub(crate) &'a [OutputHandle<'a>]);
+
+impl Sink for FileSink<'_> {
+    fn put(&self, file: usize, offset: u64, bytes: &[u8]) -> Result<()> {
+        let output = &self.0[file];
+        Ok(copy::write_at(output.file, bytes, offset).at(output.path, "write")?)
+    }
+
+    fn copy(
+        &self,
+        file: usize,
+        offset: u64,
+        source: &File,
+        mapping: &Mapping,
+        range: Range<usize>,
+    ) -> Result<()> {
+        let output = &self.0[file];
+        let copied = copy::copy_range(source, mapping, range, output.file, offset);
+        Ok(copied.at(output.path, "write")?)
+    }
+}
+
+/// Makes every byte of the output files of the plan's layout.
 pub(crate) fn fill(
     plan: &MergePlan,
-    outputs: &[OutputHandle<'_>],
+    sink: &dyn Sink,
     options: &RunOptions,
     progress: &Progress,
 ) -> Result<MergeReport> {
     if !options.allow_non_finite {
         refuse_non_finite(plan)?;
     }
-    for (output, layout) in outputs.iter().zip(&plan.output.files) {
-        copy::write_at(output.file, &layout.header, 0).at(output.path, "write")?;
+    for (file, layout) in plan.output.files.iter().enumerate() {
+        sink.put(file, 0, &layout.header)?;
         progress.done.fetch_add(layout.header.len() as u64, Ordering::Relaxed);
     }
-    let mappings = plan
-        .base
-        .shards()
-        .iter()
-        .map(|shard| shard.file.map())
-        .collect::<Result<Vec<Mapping>, _>>()?;
+    let sources = Sources::open(plan)?;
     let work = schedule::schedule(plan, options.tile_bytes);
-    let mut tiles = vec![0; plan.targets.len()];
+    let mut firsts = Vec::with_capacity(plan.targets.len());
+    let mut slabs = 0;
+    for target in &plan.targets {
+        firsts.push(slabs);
+        slabs += target.slabs.len();
+    }
+    let mut tiles = vec![0; slabs];
     for item in &work {
-        if let WorkKind::Merge { target, .. } = item.kind {
-            tiles[target] += 1;
+        if let WorkKind::Merge { target, slab, .. } = item.kind {
+            tiles[firsts[target] + slab] += 1;
         }
     }
     let engine = Engine {
         plan,
-        outputs,
+        sink,
         options,
         progress,
-        mappings,
-        states: tiles.into_iter().map(TargetState::new).collect(),
+        sources,
+        ledger: Ledger::new(plan),
+        firsts,
+        states: tiles.into_iter().map(SlabState::new).collect(),
         next: AtomicUsize::new(0),
         failure: Mutex::new(None),
         work,
@@ -183,32 +241,75 @@ pub(crate) fn fill(
 
 struct Engine<'a> {
     plan: &'a MergePlan,
-    outputs: &'a [OutputHandle<'a>],
+    sink: &'a dyn Sink,
     options: &'a RunOptions,
     progress: &'a Progress,
-    mappings: Vec<Mapping>,
-    states: Vec<TargetState>,
+    sources: Sources<'a>,
+    ledger: Ledger,
+    /// The index of every target's first state.
+    firsts: Vec<usize>,
+    /// One per matrix.
+    states: Vec<SlabState>,
     work: Vec<Work>,
     next: AtomicUsize,
     failure: Mutex<Option<Error>>,
 }
 
-/// What the tiles of one target share.
-struct TargetState {
-    factors: Mutex<Option<Arc<Factors>>>,
+/// What the tiles of one matrix share.
+struct SlabState {
+    prepared: Mutex<Option<Arc<Prepared>>>,
     remaining: AtomicUsize,
     /// Each tile's statistics by its first element, so that they are summed in one order.
-    stats: Mutex<BTreeMap<u64, TileStats>>,
+    stats: Mutex<BTreeMap<u64, TileReport>>,
 }
 
-impl TargetState {
-    fn new(tiles: usize) -> TargetState {
-        TargetState {
-            factors: Mutex::new(None),
+impl SlabState {
+    fn new(tiles: usize) -> SlabState {
+        SlabState {
+            prepared: Mutex::new(None),
             remaining: AtomicUsize::new(tiles),
             stats: Mutex::new(BTreeMap::new()),
         }
     }
+}
+
+/// What one tile did.
+#[derive(Clone, Copy, Default)]
+struct TileReport {
+    stats: TileStats,
+    /// Elements of what replaces the base's that the output's dtype had to round.
+    rounded: u64,
+    /// What the tile would be if it were quantised again.
+    requantised: TileStats,
+    /// How well what was taken out can be told from rounding.
+    undone: Recovered,
+}
+
+/// The changes of one matrix, ready to be applied to any tile of it.
+struct Prepared {
+    /// All low-rank terms.
+    factors: Option<Factors>,
+    /// All others, with their weights.
+    operators: Vec<(Box<dyn Operator>, f64)>,
+    /// What is taken out again, by itself.
+    undone: Option<Undone>,
+}
+
+/// The changes that are taken out of a merged matrix.
+struct Undone {
+    factors: Option<Factors>,
+    operators: Vec<(Box<dyn Operator>, f64)>,
+}
+
+/// A worker's buffers, kept from tile to tile.
+#[derive(Default)]
+struct Buffers {
+    output: Vec<u8>,
+    scratch: Scratch,
+    base: Vec<f32>,
+    delta: Vec<f64>,
+    values: Vec<f32>,
+    requantised: Vec<f32>,
 }
 
 /// A lock whose holder panicked guards nothing that outlives the error.
@@ -219,7 +320,7 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 impl Engine<'_> {
     /// One worker: takes work until there is none, or somebody failed.
     fn work(&self) {
-        let mut buffer = Vec::new();
+        let mut buffers = Buffers::default();
         loop {
             if self.progress.is_cancelled() {
                 lock(&self.failure).get_or_insert(Error::Interrupted);
@@ -230,7 +331,7 @@ impl Engine<'_> {
             let Some(item) = self.work.get(self.next.fetch_add(1, Ordering::Relaxed)) else {
                 return;
             };
-            if let Err(error) = self.execute(item, &mut buffer) {
+            if let Err(error) = self.execute(item, &mut buffers) {
                 lock(&self.failure).get_or_insert(error);
                 return;
             }
@@ -238,236 +339,337 @@ impl Engine<'_> {
         }
     }
 
-    fn execute(&self, item: &Work, buffer: &mut Vec<u8>) -> Result<()> {
-        let output = &self.outputs[item.file];
-        let shard = &self.plan.base.shards()[item.shard];
-        let mapping = &self.mappings[item.shard];
-        let source = item.source as usize;
-        if let WorkKind::Copy = item.kind {
-            let range = source..source + item.bytes as usize;
-            copy::copy_range(shard.file.file(), mapping, range, output.file, item.offset)
-                .at(output.path, "write")?;
-            return Ok(());
+    fn execute(&self, item: &Work, buffers: &mut Buffers) -> Result<()> {
+        let (file, offset) = (item.file, item.offset);
+        if let WorkKind::Copy { shard, source } = item.kind {
+            let range = source as usize..(source + item.bytes) as usize;
+            let opened = self.plan.base.shards()[shard].file.file();
+            return self.sink.copy(file, offset, opened, self.sources.mapping(shard), range);
         }
-        buffer.resize(item.bytes as usize, 0);
-        let source_bytes = item.elements * float_bytes(item.source_type);
-        let range = source..source + source_bytes as usize;
-        mapping.populate(range.clone());
-        let base = &mapping[range.clone()];
-        let (from, to) = (item.source_type, item.output_type);
+        let tensor = &self.plan.output.files[file].tensors[item.tensor];
+        let values = self.sources.values(tensor.source);
+        let elements = item.first as usize..(item.first + item.elements) as usize;
+        buffers.output.resize(item.bytes as usize, 0);
         let overflowed = match item.kind {
-            WorkKind::Merge { target, region } => {
-                self.merge(target, region, base, from, buffer, to)?
+            WorkKind::Merge { target, slab, region } => {
+                self.merge(target, slab, region, &values, elements.clone(), item, buffers)?
             }
-            _ => kernels::convert(self.options.isa, base, from, buffer, to).overflowed,
+            _ => {
+                let base = values.read(elements.clone(), &mut buffers.scratch);
+                let (from, to) = (values.float(), item.output_type);
+                kernels::convert(self.options.isa, base, from, &mut buffers.output, to).overflowed
+            }
         };
         if overflowed > 0 {
             return Err(Error::Overflow {
-                tensor: self.plan.base.info(item.tensor).name.clone(),
+                tensor: tensor.name.clone(),
                 count: overflowed,
-                dtype: dtype_of(to),
+                dtype: tensor.dtype,
             });
         }
-        mapping.release(range);
-        copy::write_at(output.file, buffer, item.offset).at(output.path, "write")?;
-        Ok(())
+        values.release(elements);
+        self.sink.put(file, offset, &buffers.output)
     }
 
+    /// Makes one tile of a target, and says how many of its elements overflowed.
+    #[allow(clippy::too_many_arguments, reason = "a tile is many things")]
     fn merge(
         &self,
         target: usize,
+        slab: usize,
         region: TileRegion,
-        base: &[u8],
-        from: FloatType,
-        buffer: &mut [u8],
-        to: FloatType,
+        values: &Values<'_>,
+        elements: Range<usize>,
+        item: &Work,
+        buffers: &mut Buffers,
     ) -> Result<u64> {
         let planned = &self.plan.targets[target];
-        let state = &self.states[target];
-        let factors = {
-            let mut slot = lock(&state.factors);
+        let state = &self.states[self.firsts[target] + slab];
+        let prepared = {
+            let mut slot = lock(&state.prepared);
             match &*slot {
-                Some(factors) => Arc::clone(factors),
-                None => Arc::clone(slot.insert(Arc::new(self.unpack(planned)?))),
+                Some(prepared) => Arc::clone(prepared),
+                None => Arc::clone(slot.insert(Arc::new(self.prepare(planned, slab, values)?))),
             }
         };
-        let rounding = self.options.rounding.of(self.plan.parameter(planned));
-        let isa = self.options.isa;
-        let stats = kernels::merge_tile(isa, &factors, region, base, from, buffer, to, rounding);
-        let first = region.row as u64 * factors.cols() as u64 + region.col as u64;
-        lock(&state.stats).insert(first, stats);
+        let (isa, rounding) = (self.options.isa, self.options.rounding.of(planned, slab));
+        let (from, to) = (values.float(), item.output_type);
+        let Buffers { output, scratch, base: numbers, delta, .. } = buffers;
+        let base = values.read(elements.clone(), scratch);
+        let mut report = TileReport::default();
+        match &*prepared {
+            Prepared { factors: None, operators, .. } if operators.is_empty() => {
+                let converted = kernels::convert(isa, base, from, output, to);
+                report.stats.overflowed = converted.overflowed;
+                if let Source::Brought { .. } = planned.source {
+                    report.rounded = converted.changed;
+                }
+            }
+            Prepared { factors: Some(factors), operators, .. } if operators.is_empty() => {
+                report.stats =
+                    kernels::merge_tile(isa, factors, region, base, from, output, to, rounding);
+            }
+            Prepared { factors, operators, .. } => {
+                numbers.resize(elements.len(), 0.0);
+                decode_bytes(from, base, 0, 1, numbers);
+                sum(isa, factors.as_ref(), operators, region, numbers, delta);
+                let cols = planned.matrix().1;
+                report.stats =
+                    kernels::add_tile(isa, cols, region, delta, base, from, output, to, rounding);
+            }
+        }
+        if let Some(Undone { factors, operators }) = &prepared.undone {
+            numbers.resize(elements.len(), 0.0);
+            decode_bytes(from, base, 0, 1, numbers);
+            sum(isa, factors.as_ref(), operators, region, numbers, delta);
+            report.undone = Recovered::of(dtype_of(from), numbers, delta);
+        }
+        if let (Source::Brought { adapter, component }, false) =
+            (planned.source, self.is_faulty(planned.source))
+        {
+            self.ledger.enter(adapter, component, 0, elements.len());
+        }
+        let stats = &report.stats;
+        let mut overflowed = stats.overflowed;
+        if stats.non_finite > 0 && !self.options.allow_non_finite {
+            // The adapter is finite, so what the base did not bring overflowed, whether in the sum
+            // or in the delta itself.
+            let brought = non_finite(dtype_of(from), base).map_or(0, |found| found.0 as u64);
+            overflowed = stats.non_finite.saturating_sub(brought).max(stats.overflowed);
+        }
+        for change in &planned.rows {
+            overflowed += self.replace_rows(change, region, output, to);
+        }
+        if let (Values::Quantised { .. }, true, true) =
+            (values, self.options.requantise, !planned.changes.is_empty())
+        {
+            report.requantised = requantise(values, elements.start, buffers, to);
+        }
+        let first = region.row as u64 * planned.matrix().1 as u64 + region.col as u64;
+        lock(&state.stats).insert(first, report);
         if state.remaining.fetch_sub(1, Ordering::AcqRel) == 1 {
-            *lock(&state.factors) = None;
+            *lock(&state.prepared) = None;
+            if slab + 1 == planned.slabs.len() {
+                values.release_all();
+            }
         }
-        if stats.non_finite == 0 || self.options.allow_non_finite {
-            return Ok(stats.overflowed);
-        }
-        // The factors are finite here, so what the base did not bring overflowed, whether in the
-        // sum or in the delta itself.
-        let brought = non_finite(dtype_of(from), base).map_or(0, |found| found.0 as u64);
-        Ok(stats.non_finite.saturating_sub(brought).max(stats.overflowed))
+        Ok(overflowed)
     }
 
-    /// The factors of a target as the kernels want them: left·right in the stored orientation,
-    /// decoded straight into their place, so that no factor is held twice.
-    fn unpack(&self, target: &PlannedTarget) -> Result<Factors> {
-        let factors = required(self.plan.factors(target))?;
-        let (a, b) = (&factors.a, &factors.b);
-        let (rank, input, out) = (factors.rank(), factors.in_features(), factors.out_features());
-        let packed = match target.orientation {
-            Orientation::OutIn => {
-                let left = decode(b, 0..out * rank, 1);
-                Factors::pack(out, input, rank, left, target.scale, |k, columns, row| {
-                    let first = k * input;
-                    decode_into(a, first + columns.start, 1, row);
-                })
-            }
-            Orientation::InOut => {
-                let columns = (0..input).flat_map(|column| {
-                    let end = column + (rank - 1) * input + 1;
-                    decode(a, column..end, input)
-                });
-                let left = columns.collect();
-                Factors::pack(input, out, rank, left, target.scale, |k, columns, row| {
-                    decode_into(b, columns.start * rank + k, rank, row);
-                })
-            }
+    /// Writes the rows that a component gives into a tile of whole or partial rows.
+    fn replace_rows(
+        &self,
+        change: &Change,
+        region: TileRegion,
+        output: &mut [u8],
+        to: FloatType,
+    ) -> u64 {
+        let form = &self.plan.component(change.adapter, change.component).form;
+        let Form::Rows { indices, rows } = form else { return 0 };
+        if self.options.fault == Some(form.method()) {
+            return 0;
+        }
+        let Some(from) = crate::numbers::float_type(rows.dtype) else { return 0 };
+        let width = rows.shape.get(1).copied().unwrap_or(0);
+        let mut overflowed = 0;
+        for (position, &index) in indices.iter().enumerate() {
+            let inside = (index as usize).checked_sub(region.row);
+            let Some(row) = inside.filter(|&row| row < region.rows) else { continue };
+            let first = (position * width + region.col) * from.size();
+            let values = &rows.bytes()[first..first + region.cols * from.size()];
+            let bytes = region.cols * to.size();
+            let place = &mut output[row * bytes..(row + 1) * bytes];
+            overflowed += kernels::convert(self.options.isa, values, from, place, to).overflowed;
+            self.ledger.enter(change.adapter, change.component, 0, region.cols);
+        }
+        overflowed
+    }
+
+    /// The changes of one matrix: its low-rank terms packed, its operators prepared.
+    fn prepare(
+        &self,
+        target: &PlannedTarget,
+        slab: usize,
+        values: &Values<'_>,
+    ) -> Result<Prepared> {
+        let (rows, cols) = target.matrix();
+        let changes = &target.slabs[slab];
+        let isa = self.options.isa;
+        let faulty = |form: &Form| self.options.fault == Some(form.method());
+        let terms: Vec<Term> =
+            changes.terms.iter().filter(|term| !faulty(self.plan.form(term))).cloned().collect();
+        let pack = |terms: &[Term]| {
+            (!terms.is_empty())
+                .then(|| low_rank::pack((rows, cols), terms, &|term| self.plan.form(term)))
         };
-        a.release();
-        b.release();
-        Ok(packed)
+        let factors = pack(&terms);
+        for term in &terms {
+            let form = self.plan.form(term);
+            for (tensor, elements) in term.elements(form) {
+                self.ledger.enter(term.adapter, term.component, tensor, elements);
+            }
+            form.tensors().into_iter().for_each(Tensor::release);
+        }
+        let first = slab * rows * cols;
+        let read = |range: Range<usize>, out: &mut [f32]| {
+            let elements = first + range.start * cols..first + range.end * cols;
+            values.read_f32(elements, out);
+            Ok(())
+        };
+        let mut operators = Vec::with_capacity(changes.operators.len());
+        let mut undone = Vec::new();
+        for planned in &changes.operators {
+            let Change { adapter, component, weight, .. } = planned.change;
+            let form = &self.plan.component(adapter, component).form;
+            if faulty(form) {
+                continue;
+            }
+            let prepare = || operator::prepare(form, planned.matrix, isa, &read);
+            if let Some(operator) = prepare()? {
+                operators.push((operator, weight));
+                self.ledger.enter_all(self.plan, adapter, component);
+            }
+            if self.plan.adapters[adapter].undo {
+                undone.extend(prepare()?.map(|operator| (operator, weight)));
+            }
+        }
+        let undoes = |term: &&Term| self.plan.adapters[term.adapter].undo;
+        let terms: Vec<Term> = terms.iter().filter(undoes).cloned().collect();
+        let undone = (!terms.is_empty() || !undone.is_empty())
+            .then(|| Undone { factors: pack(&terms), operators: undone });
+        Ok(Prepared { factors, operators, undone })
+    }
+
+    fn is_faulty(&self, source: Source) -> bool {
+        match (source, self.options.fault) {
+            (Source::Brought { adapter, component }, Some(method)) => {
+                self.plan.component(adapter, component).form.method() == method
+            }
+            _ => false,
+        }
     }
 
     fn finish(self, threads: usize) -> Result<MergeReport> {
         if let Some(error) = lock(&self.failure).take() {
             return Err(error);
         }
+        self.ledger.balance(self.plan)?;
         for shard in self.plan.base.shards() {
             shard.file.ensure_unchanged()?;
         }
-        self.plan.adapter.ensure_unchanged()?;
+        for one in &self.plan.adapters {
+            one.adapter.ensure_unchanged()?;
+        }
         let jobs = || self.plan.output.files.iter().flat_map(|file| &file.tensors);
         let mut realised = Realised::default();
-        let mut targets = Vec::with_capacity(self.states.len());
-        let dtypes: BTreeMap<Location, Dtype> =
-            jobs().map(|tensor| (tensor.source, tensor.dtype)).collect();
-        for (planned, state) in self.plan.targets.iter().zip(&self.states) {
-            let mut stats = TileStats::default();
-            for tile in lock(&state.stats).values() {
-                stats.merge(tile);
+        let mut targets = Vec::with_capacity(self.plan.targets.len());
+        let mut dtypes = vec![None; self.plan.targets.len()];
+        for tensor in jobs() {
+            if let Job::Merge(target) = tensor.job {
+                dtypes[target] = Some(tensor.dtype);
             }
-            let own = Realised::from(stats);
+        }
+        for (index, planned) in self.plan.targets.iter().enumerate() {
+            let mut total = TileReport::default();
+            for state in &self.states[self.firsts[index]..][..planned.slabs.len()] {
+                for tile in lock(&state.stats).values() {
+                    total.stats.merge(&tile.stats);
+                    total.requantised.merge(&tile.requantised);
+                    total.rounded += tile.rounded;
+                    total.undone.add(&tile.undone);
+                }
+            }
+            let own = Realised::from(total.stats);
             realised.add(&own);
-            let info = self.plan.base.info(planned.location);
+            let quantised = matches!(planned.source, Source::Quantised(_));
             targets.push(TargetReport {
-                parameter: info.name.clone(),
-                shape: info.shape.clone(),
-                rank: self.plan.factors(planned).map_or(0, LowRank::rank),
-                scale: planned.scale,
-                orientation: planned.orientation,
-                dtype: dtypes.get(&planned.location).copied().unwrap_or(info.dtype),
+                parameter: planned.name.clone(),
+                shape: planned.shape.clone(),
+                changes: planned
+                    .changes
+                    .iter()
+                    .map(|change| self.plan.describe(planned, change))
+                    .collect(),
+                dtype: dtypes[index].unwrap_or(planned.dtype),
                 realised: own,
+                rounded: total.rounded,
+                undone: (total.undone.elements > 0).then_some(total.undone),
+                requantised: (quantised && self.options.requantise)
+                    .then(|| Realised::from(total.requantised)),
             });
         }
         let count = |job| jobs().filter(|tensor| tensor.job == job).count();
         Ok(MergeReport {
             targets,
             realised,
-            copied: count(crate::layout::Job::Copy),
-            converted: count(crate::layout::Job::Convert),
+            copied: count(Job::Copy),
+            converted: count(Job::Convert),
             bytes: self.plan.output.files.iter().map(|file: &OutputFile| file.bytes).sum(),
             threads,
         })
     }
 }
 
-/// The planner let only floating-point low-rank components through.
-fn required<T>(value: Option<T>) -> Result<T> {
-    value.ok_or_else(|| {
-        let source = std::io::Error::other("a component that the planner should have refused");
-        lora_format::Error::Io { path: "the plan".into(), action: "carry out", source }.into()
-    })
+/// The sum of all changes of a tile of whole or partial rows.
+fn sum(
+    isa: Isa,
+    factors: Option<&Factors>,
+    operators: &[(Box<dyn Operator>, f64)],
+    region: TileRegion,
+    base: &[f32],
+    delta: &mut Vec<f64>,
+) {
+    delta.clear();
+    delta.resize(base.len(), 0.0);
+    if let Some(factors) = factors {
+        kernels::product_tile(isa, factors, region, delta);
+    }
+    for (operator, weight) in operators {
+        operator.add(isa, region.row..region.row + region.rows, base, *weight, delta);
+    }
+}
+
+/// What a tile would be if it were quantised again with the scales that it had: the codes nearest
+/// to the merged values, as a realised delta against the wanted one.
+fn requantise(
+    values: &Values<'_>,
+    first: usize,
+    buffers: &mut Buffers,
+    to: FloatType,
+) -> TileStats {
+    let Buffers { output, base, values: merged, requantised, .. } = buffers;
+    let elements = output.len() / to.size();
+    for buffer in [&mut *base, &mut *merged, &mut *requantised] {
+        buffer.resize(elements, 0.0);
+    }
+    decode_bytes(to, output, 0, 1, merged);
+    values.read_f32(first..first + elements, base);
+    values.requantise(first, merged, requantised);
+    let mut stats = TileStats { elements: elements as u64, ..TileStats::default() };
+    for ((&before, &wanted), &after) in base.iter().zip(&*merged).zip(&*requantised) {
+        let delta = f64::from(wanted) - f64::from(before);
+        let realised = f64::from(after) - f64::from(before);
+        stats.nonzero_delta += u64::from(delta != 0.0);
+        stats.changed += u64::from(realised != 0.0);
+        if delta.is_finite() && realised.is_finite() {
+            stats.dot += delta * realised;
+            stats.wanted_sq += delta * delta;
+            stats.realised_sq += realised * realised;
+        }
+    }
+    stats
 }
 
 fn refuse_non_finite(plan: &MergePlan) -> Result<()> {
-    for factors in plan.targets.iter().filter_map(|target| plan.factors(target)) {
-        for tensor in [&factors.a, &factors.b] {
+    for one in &plan.adapters {
+        for tensor in one.adapter.tensors() {
             let found = non_finite(tensor.dtype, tensor.bytes());
             tensor.release();
             if let Some((count, first)) = found {
-                let (adapter, tensor) = (plan.adapter.path.clone(), tensor.name.clone());
+                let (adapter, tensor) = (one.adapter.path.clone(), tensor.name.clone());
                 return Err(Error::NonFinite { adapter, tensor, count, first });
             }
         }
     }
     Ok(())
-}
-
-/// How many elements have all exponent bits set, and the first of them.
-fn non_finite(dtype: Dtype, bytes: &[u8]) -> Option<(usize, usize)> {
-    let pair = |at: &[u8]| u32::from(u16::from_le_bytes([at[0], at[1]]));
-    let word = |at: &[u8]| u32::from_le_bytes([at[0], at[1], at[2], at[3]]);
-    let scan = |width: usize, mask: u32, read: &dyn Fn(&[u8]) -> u32| {
-        let bad = |element: &[u8]| read(element) & mask == mask;
-        let count = bytes.chunks_exact(width).filter(|&element| bad(element)).count();
-        let first = bytes.chunks_exact(width).position(bad)?;
-        Some((count, first))
-    };
-    match dtype {
-        Dtype::F16 => scan(2, 0x7C00, &pair),
-        Dtype::Bf16 => scan(2, 0x7F80, &pair),
-        _ => scan(4, 0x7F80_0000, &word),
-    }
-}
-
-/// Every `step`-th element of `range`, exactly. A factor's dtype was checked when it was read.
-fn decode(tensor: &Tensor, range: Range<usize>, step: usize) -> Vec<f32> {
-    let mut values = vec![0.0; range.len().div_ceil(step)];
-    decode_into(tensor, range.start, step, &mut values);
-    values
-}
-
-/// As [`decode`], from `first` on until `values` is full.
-fn decode_into(tensor: &Tensor, first: usize, step: usize, values: &mut [f32]) {
-    let bytes = tensor.bytes();
-    let float = float_type(tensor.dtype).unwrap_or(FloatType::F32);
-    let width = float.size();
-    let number = |element: &[u8]| match *element {
-        [a, b] => float.decode(u32::from(u16::from_le_bytes([a, b]))),
-        [a, b, c, d] => f32::from_le_bytes([a, b, c, d]),
-        _ => f32::NAN,
-    };
-    if step == 1 {
-        let elements = bytes[first * width..][..values.len() * width].chunks_exact(width);
-        for (value, element) in values.iter_mut().zip(elements) {
-            *value = number(element);
-        }
-        return;
-    }
-    for (index, value) in values.iter_mut().enumerate() {
-        let at = (first + index * step) * width;
-        *value = number(&bytes[at..at + width]);
-    }
-}
-
-/// The kernels' name of a dtype they know.
-pub(crate) fn float_type(dtype: Dtype) -> Option<FloatType> {
-    match dtype {
-        Dtype::F32 => Some(FloatType::F32),
-        Dtype::F16 => Some(FloatType::F16),
-        Dtype::Bf16 => Some(FloatType::Bf16),
-        _ => None,
-    }
-}
-
-fn dtype_of(float: FloatType) -> Dtype {
-    match float {
-        FloatType::F32 => Dtype::F32,
-        FloatType::F16 => Dtype::F16,
-        FloatType::Bf16 => Dtype::Bf16,
-    }
-}
-
-fn float_bytes(float: FloatType) -> u64 {
-    float.size() as u64
 }

@@ -1,0 +1,414 @@
+//! Making a model from another: what `merge`, `unmerge` and `switch` have in common.
+
+mod json;
+mod text;
+
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::Instant;
+
+use clap::{Args, ValueEnum};
+use lora_format::Dtype;
+use lora_format::checkpoint::{Checkpoint, Layout};
+use lora_merge::assets::{Assets, TokenizerSource};
+use lora_merge::engine::{Progress, RoundingMode, RunOptions};
+use lora_merge::kernels::Isa;
+use lora_merge::output::{self, OutputOptions};
+use lora_merge::{MergeOptions, MergePlan, Tied, WeightedAdapter, experts};
+
+use super::{AdapterArguments, WriteArguments, refuse_damaged};
+use crate::failure::{Failure, Outcome};
+use crate::{printer, progress};
+
+/// What every command that makes a model takes.
+#[derive(Debug, Args)]
+pub(crate) struct MakeArguments {
+    /// Where to write [default: the model's name with what was done, in the current directory]
+    #[arg(short, long, value_name = "PATH")]
+    output: Option<PathBuf>,
+    #[command(flatten)]
+    write: WriteArguments,
+    #[command(flatten)]
+    planning: PlanArguments,
+    /// The dtype of the output's floating-point tensors
+    #[arg(long, value_enum, default_value_t = DtypeChoice::Keep)]
+    dtype: DtypeChoice,
+    /// How merged values are rounded: stochastic is unbiased but noisy
+    #[arg(long, value_enum, default_value_t = RoundingChoice::Nearest)]
+    rounding: RoundingChoice,
+    /// The seed of stochastic rounding
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Whose tokenizer and chat template the output gets
+    #[arg(long, value_enum, default_value_t = TokenizerChoice::Auto)]
+    tokenizer: TokenizerChoice,
+    /// The largest output shard, such as 5GB [default: the base's shards, 5GB where those grow]
+    #[arg(long, value_name = "SIZE")]
+    max_shard_size: Option<Size>,
+    /// Print what would be done, and write nothing
+    #[arg(long)]
+    dry_run: bool,
+    /// Print a report as JSON on stdout
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    engine: EngineArguments,
+}
+
+/// How adapters fit a model: what making one and checking one have in common.
+#[derive(Debug, Args)]
+pub(crate) struct PlanArguments {
+    #[command(flatten)]
+    adapter_options: AdapterArguments,
+    /// Multiply every adapter's weight
+    #[arg(long, value_name = "FACTOR", default_value_t = 1.0, allow_negative_numbers = true)]
+    scale: f64,
+    /// How square weights are stored, where the base leaves it open: true means (in, out)
+    #[arg(long, value_name = "BOOL")]
+    fan_in_fan_out: Option<bool>,
+    /// What to do with a change of one of two tied tensors (input embedding, output head)
+    #[arg(long, value_enum, default_value_t = TiedChoice::Refuse)]
+    tied: TiedChoice,
+    /// How the factors of fused experts are packed, where the files leave it open
+    #[arg(long, value_name = "LAYOUT")]
+    moe_layout: Option<experts::Layout>,
+    /// Merge though the base is not the one the adapter was trained on
+    #[arg(long)]
+    allow_different_base: bool,
+}
+
+/// How the work is carried out.
+#[derive(Debug, Args)]
+pub(crate) struct EngineArguments {
+    /// Merge an adapter that holds NaN or infinities
+    #[arg(long)]
+    allow_nonfinite: bool,
+    /// Say nothing but errors and warnings
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    /// Worker threads [default: one per core]
+    #[arg(long, default_value_t = 0, hide_default_value = true)]
+    threads: usize,
+    /// The kernels' instruction set: the bytes are the same for all
+    #[arg(long, value_name = "ISA", hide = true)]
+    isa: Option<String>,
+    /// The tile size in bytes: the bytes written are the same for all
+    #[arg(long, value_name = "BYTES", hide = true)]
+    tile_bytes: Option<usize>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum TiedChoice {
+    /// Refuse it
+    Refuse,
+    /// Write both tensors from now on: what was trained, if one was a target
+    Untie,
+    /// Change what both share
+    Both,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum DtypeChoice {
+    Keep,
+    F32,
+    F16,
+    Bf16,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum RoundingChoice {
+    Nearest,
+    Stochastic,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum TokenizerChoice {
+    /// The adapter's where it brings one
+    Auto,
+    Base,
+    Adapter,
+}
+
+/// A number of bytes with an optional decimal or binary unit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Size(u64);
+
+impl FromStr for Size {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Size, &'static str> {
+        const UNITS: [(&str, u64); 7] = [
+            ("KIB", 1 << 10),
+            ("MIB", 1 << 20),
+            ("GIB", 1 << 30),
+            ("KB", 1_000),
+            ("MB", 1_000_000),
+            ("GB", 1_000_000_000),
+            ("B", 1),
+        ];
+        let upper = text.trim().to_ascii_uppercase();
+        let (number, unit) = UNITS
+            .iter()
+            .find_map(|(name, unit)| Some((upper.strip_suffix(name)?, *unit)))
+            .unwrap_or((&upper, 1));
+        let number: f64 = number.trim().parse().map_err(|_| "expected a size such as 5GB")?;
+        let bytes = number * unit as f64;
+        if (1.0..=1e18).contains(&bytes) { Ok(Size(bytes as u64)) } else { Err("out of range") }
+    }
+}
+
+/// `PATH` or `PATH@WEIGHT`.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct AdapterArgument {
+    path: PathBuf,
+    weight: f64,
+}
+
+impl FromStr for AdapterArgument {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<AdapterArgument, String> {
+        let whole = || AdapterArgument { path: text.into(), weight: 1.0 };
+        // A file may have an @ in its name.
+        let Some((path, weight)) = text.rsplit_once('@').filter(|_| !Path::new(text).exists())
+        else {
+            return Ok(whole());
+        };
+        match weight.parse::<f64>() {
+            Ok(weight) if weight.is_finite() && !path.is_empty() => {
+                Ok(AdapterArgument { path: path.into(), weight })
+            }
+            _ => Err(format!("expected a number after the @, found `{weight}`")),
+        }
+    }
+}
+
+impl PlanArguments {
+    /// Reads adapters; `undo` says whether they are to be taken out.
+    pub(crate) fn read(
+        &self,
+        adapters: &[AdapterArgument],
+        undo: bool,
+    ) -> Result<Vec<WeightedAdapter>, Failure> {
+        if !self.scale.is_finite() {
+            return Err(Failure::new(format!("--scale {} is not a number", self.scale), None));
+        }
+        let options = self.adapter_options.read_options();
+        let read = |argument: &AdapterArgument| {
+            let adapter = lora_format::read(&argument.path, &options)?;
+            Ok(WeightedAdapter { adapter, weight: argument.weight, undo })
+        };
+        adapters.iter().map(read).collect()
+    }
+
+    pub(crate) fn merge_options(&self) -> MergeOptions {
+        MergeOptions {
+            scale: self.scale,
+            fan_in_fan_out: self.fan_in_fan_out,
+            allow_different_base: self.allow_different_base,
+            tied: match self.tied {
+                TiedChoice::Refuse => Tied::Refuse,
+                TiedChoice::Untie => Tied::Untie,
+                TiedChoice::Both => Tied::Both,
+            },
+            moe_layout: self.moe_layout,
+            ..MergeOptions::default()
+        }
+    }
+}
+
+impl EngineArguments {
+    pub(crate) fn run_options(&self) -> Result<RunOptions, Failure> {
+        let mut options = RunOptions {
+            threads: self.threads,
+            allow_non_finite: self.allow_nonfinite,
+            ..RunOptions::default()
+        };
+        if let Some(name) = &self.isa {
+            options.isa = Isa::available()
+                .into_iter()
+                .find(|isa| isa.name() == name)
+                .ok_or_else(|| Failure::new(format!("--isa {name}: not on this machine"), None))?;
+        }
+        if let Some(bytes) = self.tile_bytes {
+            options.tile_bytes = bytes.max(1);
+        }
+        Ok(options)
+    }
+}
+
+impl MakeArguments {
+    /// Reads adapters; `undo` says whether they are to be taken out.
+    pub(crate) fn read(
+        &self,
+        adapters: &[AdapterArgument],
+        undo: bool,
+    ) -> Result<Vec<WeightedAdapter>, Failure> {
+        self.planning.read(adapters, undo)
+    }
+
+    fn merge_options(&self) -> MergeOptions {
+        MergeOptions {
+            dtype: match self.dtype {
+                DtypeChoice::Keep => None,
+                DtypeChoice::F32 => Some(Dtype::F32),
+                DtypeChoice::F16 => Some(Dtype::F16),
+                DtypeChoice::Bf16 => Some(Dtype::Bf16),
+            },
+            shard_bytes: self.max_shard_size.map(|size| size.0),
+            ..self.planning.merge_options()
+        }
+    }
+
+    fn run_options(&self) -> Result<RunOptions, Failure> {
+        let mut options = self.engine.run_options()?;
+        if self.rounding == RoundingChoice::Stochastic {
+            options.rounding = RoundingMode::Stochastic { seed: self.seed };
+        }
+        Ok(options)
+    }
+
+    fn tokenizer(&self) -> TokenizerSource {
+        match self.tokenizer {
+            TokenizerChoice::Auto => TokenizerSource::Auto,
+            TokenizerChoice::Base => TokenizerSource::Base,
+            TokenizerChoice::Adapter => TokenizerSource::Adapter,
+        }
+    }
+}
+
+/// What is done to a model, as names and messages say it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Deed {
+    Merge,
+    Unmerge,
+    Switch,
+}
+
+impl Deed {
+    /// The past participle: what the output's name ends in.
+    fn done(self) -> &'static str {
+        match self {
+            Deed::Merge => "merged",
+            Deed::Unmerge => "unmerged",
+            Deed::Switch => "switched",
+        }
+    }
+
+    fn schema(self) -> &'static str {
+        match self {
+            Deed::Merge => "lora-cli/merge/2",
+            Deed::Unmerge => "lora-cli/unmerge/1",
+            Deed::Switch => "lora-cli/switch/1",
+        }
+    }
+}
+
+/// A model about to be made.
+struct Making<'a> {
+    deed: Deed,
+    arguments: &'a MakeArguments,
+    plan: MergePlan,
+    assets: Assets,
+    output: OutputOptions,
+    run: RunOptions,
+}
+
+/// Makes a model from the one at `base` and adapters.
+pub(crate) fn make(
+    deed: Deed,
+    base: &Path,
+    adapters: Vec<WeightedAdapter>,
+    arguments: &MakeArguments,
+) -> Result<Outcome, Failure> {
+    let started = Instant::now();
+    let base = Checkpoint::open(base)?;
+    let plan = MergePlan::new(base, adapters, &arguments.merge_options())?;
+    let assets = Assets::plan(&plan, arguments.tokenizer())?;
+    let output = OutputOptions {
+        destination: arguments.output.clone().unwrap_or_else(|| default_output(&plan.base, deed)),
+        overwrite: arguments.write.overwrite(),
+        durability: arguments.write.durability(),
+    };
+    let run = arguments.run_options()?;
+    output::check_destination(&plan, &assets, &output)?;
+    let making = Making { deed, arguments, plan, assets, output, run };
+    text::announce(&making);
+    if arguments.dry_run {
+        return dry_run(&making);
+    }
+    for one in &making.plan.adapters {
+        refuse_damaged(&one.adapter)?;
+    }
+    let progress = Arc::new(Progress::default());
+    let total = making.plan.output.files.iter().map(|file| file.bytes).sum();
+    let Making { plan, assets, output, run, .. } = &making;
+    let report = progress::watch(total, arguments.engine.quiet, &progress, || {
+        output::write(plan, assets, output, run, &progress)
+    })?;
+    let seconds = started.elapsed().as_secs_f64();
+    text::summarise(&making, &report, seconds);
+    if arguments.json {
+        let mut json = json::Report::new(&making, deed.done());
+        json.fill(&report, seconds);
+        json.warn(text::warnings(&making, &report));
+        printer::json(&json)?;
+    }
+    Ok(Outcome::Done)
+}
+
+fn dry_run(making: &Making<'_>) -> Result<Outcome, Failure> {
+    if making.arguments.json {
+        printer::json(&json::Report::new(making, "planned"))?;
+    } else {
+        printer::data(&text::planned(making))?;
+    }
+    Ok(Outcome::Done)
+}
+
+/// The model's name with what was done to it, in the current directory: bases often lie where one
+/// cannot or should not write.
+fn default_output(base: &Checkpoint, deed: Deed) -> PathBuf {
+    let (path, done) = (base.path(), deed.done());
+    if base.layout() == Layout::File {
+        let stem = path.file_stem().unwrap_or_default().to_string_lossy();
+        return PathBuf::from(format!("{stem}-{done}.safetensors"));
+    }
+    let absolute = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    PathBuf::from(format!("{}-{done}", model_name(&absolute)))
+}
+
+/// A directory's name; of a snapshot in the hub's cache
+/// (`models--org--name/snapshots/<commit>`), the model's.
+fn model_name(directory: &Path) -> String {
+    let name = |path: &Path| path.file_name().map(|name| name.to_string_lossy().into_owned());
+    let parent = directory.parent();
+    if parent.and_then(name).as_deref() == Some("snapshots")
+        && let Some(cache) = parent.and_then(Path::parent).and_then(name)
+        && let Some(model) =
+            cache.strip_prefix("models--").and_then(|rest| rest.rsplit("--").next())
+    {
+        return model.to_owned();
+    }
+    name(directory).unwrap_or_else(|| "model".to_owned())
+}
+
+/// Tensors copied and converted.
+fn job_counts(plan: &MergePlan) -> (usize, usize) {
+    use lora_merge::layout::Job;
+    let count = |job| {
+        let tensors = plan.output.files.iter().flat_map(|file| &file.tensors);
+        tensors.filter(|tensor| tensor.job == job).count()
+    };
+    (count(Job::Copy), count(Job::Convert))
+}
+
+/// The bound that the benchmark holds the engine to.
+fn memory_bound(plan: &MergePlan, run: &RunOptions) -> u64 {
+    const MIB: u64 = 1 << 20;
+    let tensors = plan.adapters.iter().flat_map(|one| one.adapter.tensors());
+    let adapters: u64 = tensors.map(|tensor| 4 * tensor.elements() as u64).sum();
+    let headers: u64 = plan.base.shards().iter().map(|shard| shard.file.header().data_start).sum();
+    64 * MIB + 4 * MIB * run.workers() as u64 + adapters + 4 * headers
+}

@@ -1,0 +1,202 @@
+//! `lora-cli verify`: is a model what a merge makes?
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use clap::Args;
+use lora_format::checkpoint::Checkpoint;
+use lora_merge::MergePlan;
+use lora_merge::engine::Progress;
+use lora_merge::verify::{self, Difference, VerifyReport};
+use serde::Serialize;
+
+use super::making::{AdapterArgument, EngineArguments, PlanArguments};
+use super::refuse_damaged;
+use crate::failure::{Failure, Outcome};
+use crate::{printer, progress};
+
+/// Carry a merge out again and compare every element with a merged model
+///
+/// Exits with 1 if a tensor differs, is missing or is not the merge's, and shows the worst element.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  lora-cli verify Llama-3-8B-mine --base Llama-3-8B --adapter ./my-lora
+  lora-cli verify merged --base base --adapter ./a@0.7 ./b@0.3 --ulp 1 --json")]
+pub(crate) struct Arguments {
+    /// The merged model
+    merged: PathBuf,
+    /// Its base
+    #[arg(long)]
+    base: PathBuf,
+    /// The adapters that were merged, with their weights
+    #[arg(long, required = true, num_args = 1.., value_name = "ADAPTER[@WEIGHT]")]
+    adapter: Vec<AdapterArgument>,
+    #[command(flatten)]
+    planning: PlanArguments,
+    /// How many values of the dtype an element may be off: 1 allows for other programs' rounding
+    #[arg(long, value_name = "STEPS", default_value_t = 0)]
+    ulp: u64,
+    /// Print a report as JSON on stdout
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    engine: EngineArguments,
+}
+
+/// The report, `lora-cli/verify/1`; docs/cli-json.md describes it.
+#[derive(Debug, Serialize)]
+struct JsonReport<'a> {
+    schema: &'static str,
+    merged: String,
+    base: String,
+    agrees: bool,
+    ulp: u64,
+    compared: usize,
+    different: Vec<JsonDifference<'a>>,
+    missing: &'a [String],
+    unexpected: &'a [String],
+    reshaped: Vec<JsonReshaped<'a>>,
+}
+
+#[derive(Debug, Serialize)]
+struct JsonDifference<'a> {
+    tensor: &'a str,
+    dtype: &'static str,
+    elements: u64,
+    different: u64,
+    worst_index: &'a [usize],
+    worst_expected: f64,
+    worst_found: f64,
+    worst_steps: Option<u64>,
+}
+
+#[derive(Debug, Serialize)]
+struct JsonReshaped<'a> {
+    tensor: &'a str,
+    expected_dtype: &'static str,
+    expected_shape: &'a [usize],
+    found_dtype: &'static str,
+    found_shape: &'a [usize],
+}
+
+pub(crate) fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
+    let merged = Checkpoint::open(&arguments.merged)?;
+    let base = Checkpoint::open(&arguments.base)?;
+    let adapters = arguments.planning.read(&arguments.adapter, false)?;
+    for one in &adapters {
+        refuse_damaged(&one.adapter)?;
+    }
+    let mut options = arguments.planning.merge_options();
+    options.dtype = verify::common_dtype(&merged);
+    let plan = MergePlan::new(base, adapters, &options)?;
+    let run = arguments.engine.run_options()?;
+    let progress = Arc::new(Progress::default());
+    let total = plan.output.files.iter().map(|file| file.bytes).sum();
+    let report = progress::watch(total, arguments.engine.quiet, &progress, || {
+        verify::verify(&plan, &merged, &run, &progress)
+    })?;
+    let agrees = report.agrees(arguments.ulp);
+    if arguments.json {
+        printer::json(&describe(arguments, &report, agrees))?;
+    } else {
+        printer::data(&text(arguments, &report, agrees))?;
+    }
+    Ok(if agrees { Outcome::Done } else { Outcome::Finding })
+}
+
+fn describe<'a>(arguments: &Arguments, report: &'a VerifyReport, agrees: bool) -> JsonReport<'a> {
+    JsonReport {
+        schema: "lora-cli/verify/1",
+        merged: arguments.merged.display().to_string(),
+        base: arguments.base.display().to_string(),
+        agrees,
+        ulp: arguments.ulp,
+        compared: report.compared,
+        different: report
+            .different
+            .iter()
+            .map(|one| JsonDifference {
+                tensor: &one.tensor,
+                dtype: one.dtype.name(),
+                elements: one.elements,
+                different: one.different,
+                worst_index: &one.worst.index,
+                worst_expected: one.worst.expected,
+                worst_found: one.worst.found,
+                worst_steps: one.worst.steps,
+            })
+            .collect(),
+        missing: &report.missing,
+        unexpected: &report.unexpected,
+        reshaped: report
+            .reshaped
+            .iter()
+            .map(|one| JsonReshaped {
+                tensor: &one.tensor,
+                expected_dtype: one.expected.0.name(),
+                expected_shape: &one.expected.1.0,
+                found_dtype: one.found.0.name(),
+                found_shape: &one.found.1.0,
+            })
+            .collect(),
+    }
+}
+
+/// How many lines of one kind are shown; `--json` has them all.
+const SHOWN: usize = 20;
+
+fn text(arguments: &Arguments, report: &VerifyReport, agrees: bool) -> String {
+    let mut lines = Vec::new();
+    let mut different: Vec<&Difference> = report.different.iter().collect();
+    different.sort_by_key(|one| std::cmp::Reverse(one.worst.steps.unwrap_or(u64::MAX)));
+    let differences = different.iter().map(|one| {
+        let off = match one.worst.steps {
+            Some(steps) => format!("{steps} {} values off", one.dtype),
+            None => "incomparable".to_owned(),
+        };
+        format!(
+            "`{}`: {} of {} elements differ; the worst is {:?}: {} expected, {} found, {off}",
+            one.tensor,
+            one.different,
+            one.elements,
+            one.worst.index,
+            one.worst.expected,
+            one.worst.found
+        )
+    });
+    push(&mut lines, differences.collect());
+    let reshaped = report.reshaped.iter().map(|one| {
+        let (expected, found) = (&one.expected, &one.found);
+        format!(
+            "`{}`: {} {} expected, {} {} found",
+            one.tensor, expected.0, expected.1, found.0, found.1
+        )
+    });
+    push(&mut lines, reshaped.collect());
+    let missing = report.missing.iter().map(|name| format!("`{name}`: missing"));
+    push(&mut lines, missing.collect());
+    let unexpected = report.unexpected.iter();
+    push(&mut lines, unexpected.map(|name| format!("`{name}`: not made by the merge")).collect());
+    let equal = report.compared - report.different.len();
+    lines.push(format!(
+        "{}: {equal} of {} tensors are bit for bit what the merge makes{}",
+        if agrees { "agrees" } else { "DIFFERS" },
+        report.compared,
+        match (agrees, arguments.ulp) {
+            (true, 1..) if equal < report.compared => {
+                format!(", the others within {} values of their dtype", arguments.ulp)
+            }
+            _ => String::new(),
+        }
+    ));
+    lines.push(String::new());
+    lines.join("\n")
+}
+
+fn push(lines: &mut Vec<String>, all: Vec<String>) {
+    let rest = all.len().saturating_sub(SHOWN);
+    lines.extend(all.into_iter().take(SHOWN));
+    if rest > 0 {
+        lines.push(format!("  and {rest} more (--json lists them)"));
+    }
+}

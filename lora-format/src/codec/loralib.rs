@@ -1,0 +1,229 @@
+//! loralib (microsoft/LoRA), the package of the LoRA paper: `lora_state_dict` saved as safetensors.
+//!
+//! The keys are `<module>.lora_A` and `<module>.lora_B`, with trained biases beside them. Nothing
+//! else is stored: alpha comes from the user, and what kind of layer the factors belong to from
+//! their shapes and the base's:
+//!
+//! - `Linear` and `Embedding` store what PEFT stores;
+//! - `MergedLinear` stores the factors of n groups of rows, A (n·rank) × in and B (n·rows) × rank;
+//!   [`merged`] makes a linear change of them;
+//! - the convolutions store A (rank·k) × (in·k) and B (out·k) × (rank·k), whose product has the
+//!   weight's elements in the weight's order; [`convolution`] makes a change of a convolution of
+//!   them.
+
+use std::collections::BTreeMap;
+
+use serde_json::Map;
+
+use super::ReadOptions;
+use crate::blocks;
+use crate::container::safetensors::{Header, SafetensorsFile};
+use crate::error::{AdapterProblem, DetectProblem, Error, Result};
+use crate::factors::{self, FactorTensors};
+use crate::fingerprint::BaseIdentity;
+use crate::limits;
+use crate::model::{
+    Adapter, AdapterFormat, Component, Form, Layer, LowRank, Note, Scaling, ScalingRule, Target,
+};
+use crate::tensor::{self, Tensor};
+
+const A_SUFFIX: &str = ".lora_A";
+const B_SUFFIX: &str = ".lora_B";
+
+/// Whether a file holds loralib's factors.
+pub(super) fn is_loralib(header: &Header) -> bool {
+    let is_factor = |name: &str| name.ends_with(A_SUFFIX) || name.ends_with(B_SUFFIX);
+    header.tensors.iter().any(|tensor| is_factor(&tensor.name))
+}
+
+/// Reads a file of loralib's factors.
+pub(super) fn read(file: &SafetensorsFile, options: &ReadOptions) -> Result<Adapter> {
+    let path = file.path();
+    let meaningless = |option, reason| Error::Meaningless { path: path.to_owned(), option, reason };
+    if !options.ignore_fields.is_empty() {
+        return Err(meaningless("field to ignore", "loralib writes no configuration"));
+    }
+    if options.residual_base {
+        return Err(meaningless("residual base", "loralib never changes the base"));
+    }
+    let Some(alpha) = options.alpha else {
+        return Err(Error::AlphaUnknown { path: path.to_owned() });
+    };
+    let scaling = Scaling { alpha, rule: ScalingRule::AlphaOverRank };
+    let mut modules: BTreeMap<String, FactorTensors> = BTreeMap::new();
+    let mut components = Vec::new();
+    let mut problems = Vec::new();
+    for tensor in tensor::map_all(file)? {
+        let module = |suffix| tensor.name.strip_suffix(suffix).map(str::to_owned);
+        if let Some(module) = module(A_SUFFIX) {
+            modules.entry(module).or_default().a = Some(tensor);
+        } else if let Some(module) = module(B_SUFFIX) {
+            modules.entry(module).or_default().b = Some(tensor);
+        } else if let Some(module) = module(".bias") {
+            let target = Target { module, parameter: "bias".to_owned() };
+            components.push(Component { target, form: Form::Replaced(tensor) });
+        } else {
+            problems.push(AdapterProblem::UnusedTensor { tensor: tensor.name });
+        }
+    }
+    for (module, factors) in modules {
+        let built =
+            low_rank(&module, factors, scaling, options.enable_lora.as_deref(), &mut problems);
+        if let Some(low_rank) = built {
+            let target = Target::weight(module);
+            components.push(Component { target, form: Form::LowRank(low_rank) });
+        }
+    }
+    if !problems.is_empty() {
+        return Err(Error::Adapter { path: path.to_owned(), problems });
+    }
+    if components.is_empty() {
+        let problem = DetectProblem::NotAnAdapter { tensors: 0, first: None };
+        return Err(Error::Unrecognised { path: path.to_owned(), problem });
+    }
+    components.sort_by(|x, y| x.target.cmp(&y.target));
+    Ok(Adapter {
+        path: path.to_owned(),
+        format: AdapterFormat::Loralib,
+        components,
+        base: BaseIdentity { name: None, revision: None, fingerprint: None },
+        fan_in_fan_out: None,
+        metadata: file.header().metadata.iter().filter(|e| e.0 != "format").cloned().collect(),
+        source: None,
+        extensions: Map::new(),
+        notes: vec![Note::AlphaGiven { alpha: alpha.to_string() }],
+    })
+}
+
+/// The change that two factors form. Those of a fused projection are told by A's rows, of which
+/// there are n times as many as B has columns.
+fn low_rank(
+    module: &str,
+    factors: FactorTensors,
+    scaling: Scaling,
+    enable_lora: Option<&[bool]>,
+    problems: &mut Vec<AdapterProblem>,
+) -> Option<LowRank> {
+    let groups = match (&factors.a, &factors.b) {
+        (Some(a), Some(b)) => fused_groups(a, b),
+        _ => None,
+    };
+    if let (Some(groups), FactorTensors { a: Some(a), b: Some(b) }) = (groups, &factors) {
+        for factor in [a, b] {
+            if !factor.dtype.is_merge_float() {
+                let (tensor, dtype) = (factor.name.clone(), factor.dtype);
+                problems.push(AdapterProblem::FactorDtype { tensor, dtype });
+                return None;
+            }
+        }
+        let rank = b.shape[1];
+        if !(1..=limits::RANK / groups).contains(&rank) {
+            let module = module.to_owned();
+            problems.push(AdapterProblem::RankRange { module, rank, limit: limits::RANK / groups });
+            return None;
+        }
+        let scale = scaling.scale(rank);
+        if !scale.is_finite() {
+            problems.push(AdapterProblem::Scale { module: module.to_owned(), scale });
+            return None;
+        }
+        let fused =
+            LowRank { layer: Layer::Merged, ..LowRank::linear(a.clone(), b.clone(), scaling) };
+        let Some(enable_lora) = enable_lora else {
+            return Some(fused);
+        };
+        let expanded = merged(&fused, enable_lora);
+        if expanded.is_none() {
+            let (module, enabled) = (module.to_owned(), enabled(enable_lora));
+            problems.push(AdapterProblem::Groups { module, stored: groups, enabled });
+        }
+        return expanded;
+    }
+    let names = (format!("{module}{A_SUFFIX}"), format!("{module}{B_SUFFIX}"));
+    let low_rank = factors::low_rank(module, factors, names, scaling, problems)?;
+    // A fused projection with one enabled group looks like a linear layer of that group alone.
+    match enable_lora.filter(|groups| enabled(groups) == 1 && groups.len() > 1) {
+        Some(groups) => merged(&low_rank, groups),
+        None => Some(low_rank),
+    }
+}
+
+fn enabled(groups: &[bool]) -> usize {
+    groups.iter().filter(|&&group| group).count()
+}
+
+/// The number of groups, at least 2, whose factors A and B hold.
+fn fused_groups(a: &Tensor, b: &Tensor) -> Option<usize> {
+    match (a.shape.as_slice(), b.shape.as_slice()) {
+        (&[rows, _], &[outputs, rank])
+            if rank > 0 && rows > rank && rows % rank == 0 && outputs % (rows / rank) == 0 =>
+        {
+            Some(rows / rank)
+        }
+        _ => None,
+    }
+}
+
+/// The change of a linear layer that the factors of a fused projection form, whose groups with a
+/// change `enable_lora` tells: B becomes block-diagonal, with rows of zeros for the other groups.
+/// Where all groups have one, [`Layer::Merged`] needs no more than the weight's rows to be known.
+///
+/// `None` if the factors are not those of as many groups.
+pub fn merged(fused: &LowRank, enable_lora: &[bool]) -> Option<LowRank> {
+    let groups = enabled(enable_lora);
+    let &[rows, _] = fused.a.shape.as_slice() else {
+        return None;
+    };
+    let &[outputs, rank] = fused.b.shape.as_slice() else {
+        return None;
+    };
+    if groups == 0 || rank.checked_mul(groups) != Some(rows) || outputs % groups != 0 {
+        return None;
+    }
+    let places: Vec<usize> = (0..enable_lora.len()).filter(|&group| enable_lora[group]).collect();
+    let all_rows = (outputs / groups).checked_mul(enable_lora.len())?;
+    let blocks = blocks::block_diagonal(&fused.b, groups)?;
+    let b = blocks::spread_rows(&blocks, &places, all_rows)?;
+    let scaling = scaled_up(fused.scaling, groups);
+    Some(LowRank::linear(fused.a.clone(), b, scaling))
+}
+
+/// The change of a convolution of `shape`, (out, in, k, k), that loralib's factors form: their
+/// product is (out·k) × (in·k) and has the weight's elements in the weight's order. So the k rows
+/// of B that belong to one output lie side by side, and A stands k times on a diagonal.
+///
+/// `None` if the factors are not those of such a convolution.
+pub fn convolution(stored: &LowRank, shape: &[usize]) -> Option<LowRank> {
+    let &[out, inputs, kernel, other] = shape else {
+        return None;
+    };
+    let (&[rank, a_columns], &[b_rows, columns]) =
+        (stored.a.shape.as_slice(), stored.b.shape.as_slice())
+    else {
+        return None;
+    };
+    let fits = kernel == other
+        && kernel > 0
+        && rank == columns
+        && rank % kernel == 0
+        && inputs.checked_mul(kernel) == Some(a_columns)
+        && out.checked_mul(kernel) == Some(b_rows)
+        && kernel.checked_mul(rank)? <= limits::RANK;
+    if !fits {
+        return None;
+    }
+    let mut b = stored.b.clone();
+    b.shape = vec![out, kernel * rank, 1, 1];
+    // k copies of A under each other are the blocks.
+    let copies: Vec<usize> = (0..kernel).flat_map(|_| 0..rank).collect();
+    let mut a = blocks::block_diagonal(&blocks::gather_rows(&stored.a, &copies)?, kernel)?;
+    a.shape = vec![kernel * rank, inputs, kernel, kernel];
+    // alpha is over r = rank/k; of the rank that this form has, k·rank, that is the k²-th part.
+    let scaling = scaled_up(stored.scaling, kernel.checked_mul(kernel)?);
+    Some(LowRank { layer: Layer::Convolution, ..LowRank::linear(a, b, scaling) })
+}
+
+/// The scaling of a form of `times` the rank, which means the same scale.
+fn scaled_up(scaling: Scaling, times: usize) -> Scaling {
+    Scaling { alpha: scaling.alpha * times as f64, ..scaling }
+}

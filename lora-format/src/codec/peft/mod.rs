@@ -1,0 +1,203 @@
+//! PEFT: a directory with `adapter_config.json` and `adapter_model.safetensors`.
+//!
+//! Every field of the configuration and every tensor is understood, or refused by name: `config`
+//! knows the fields, `methods` the methods, `tensors` takes the names apart, and what they hold
+//! becomes components, method by method.
+
+mod adalora;
+mod build;
+mod config;
+mod factored;
+mod lora;
+mod lycoris;
+mod methods;
+mod rotation;
+mod small;
+mod tensors;
+mod writer;
+
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value, json};
+
+pub use writer::write_directory;
+
+use self::config::Configuration;
+use self::methods::Method;
+use super::{ReadOptions, existing, open_safetensors};
+use crate::container::safetensors::{Header, SafetensorsFile};
+use crate::error::{DetectProblem, Error, IoContext, Result};
+use crate::fingerprint::BaseIdentity;
+use crate::io::atomic;
+use crate::json;
+use crate::limits;
+use crate::model::{Adapter, AdapterFormat, Note, SourceConfig};
+
+/// The file names PEFT writes.
+pub const CONFIG_FILE: &str = "adapter_config.json";
+/// The tensors.
+pub const MODEL_FILE: &str = "adapter_model.safetensors";
+
+const PREFIX: &str = "base_model.model.";
+const A_SUFFIX: &str = ".lora_A.weight";
+const B_SUFFIX: &str = ".lora_B.weight";
+
+/// Whether the tensors are named as PEFT's LoRA names them, or have the prefix of any of its
+/// methods.
+pub(super) fn is_peft(header: &Header) -> bool {
+    header.tensors.iter().any(|tensor| {
+        tensor.name.contains(".lora_A.")
+            || tensor.name.contains(".lora_B.")
+            || tensor.name.starts_with(PREFIX)
+    })
+}
+
+/// The configuration beside a tensor file.
+pub(super) fn config_beside(path: &Path) -> Option<PathBuf> {
+    existing(atomic::parent_of(path), CONFIG_FILE)
+}
+
+/// Reads a PEFT directory.
+pub(super) fn read_directory(path: &Path, options: &ReadOptions) -> Result<Adapter> {
+    let unrecognised = |problem| Error::Unrecognised { path: path.to_owned(), problem };
+    let Some(model) = existing(path, MODEL_FILE) else {
+        let pickle = existing(path, "adapter_model.bin");
+        // Without tensors, the configuration alone may say that this is no LoRA at all.
+        if let Some(config) = existing(path, CONFIG_FILE) {
+            let config = json::read_object(&config, limits::CONFIG_BYTES)?;
+            config::check(path, &config, options, &mut Vec::new())?;
+        }
+        return Err(unrecognised(match pickle {
+            Some(_) => DetectProblem::PickleOnly { file: "adapter_model.bin".to_owned() },
+            None => match adapters_inside(path)? {
+                names if names.is_empty() => DetectProblem::NoAdapter,
+                names => DetectProblem::AdaptersInside { names },
+            },
+        }));
+    };
+    let file = open_safetensors(&model)?;
+    let mut adapter = read_file(&file, existing(path, CONFIG_FILE).as_deref(), options)?;
+    adapter.path = path.to_owned();
+    Ok(adapter)
+}
+
+/// Subdirectories that hold an adapter: PEFT saves one there unless it is called `default`.
+fn adapters_inside(path: &Path) -> Result<Vec<String>> {
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(path).at(path, "list")? {
+        let inner = entry.at(path, "list")?.path();
+        if existing(&inner, MODEL_FILE).is_some() {
+            names.push(format!("`{}`", inner.display()));
+        }
+    }
+    names.sort();
+    Ok(names)
+}
+
+/// Reads PEFT's tensors with the configuration at `config`, or with the user's alpha.
+pub(super) fn read_file(
+    file: &SafetensorsFile,
+    config: Option<&Path>,
+    options: &ReadOptions,
+) -> Result<Adapter> {
+    let path = file.path();
+    let mut notes = Vec::new();
+    let mut fields = match config {
+        Some(config) => json::read_object(config, limits::CONFIG_BYTES)?,
+        None => Map::new(),
+    };
+    if let Some(alpha) = options.alpha {
+        complete(&mut fields, alpha, path, config)?;
+        notes.push(Note::AlphaGiven { alpha: alpha.to_string() });
+    } else if config.is_none() {
+        return Err(Error::AlphaUnknown { path: path.to_owned() });
+    }
+    if options.enable_lora.is_some() {
+        return Err(Error::Meaningless {
+            path: path.to_owned(),
+            option: "enable_lora",
+            reason: "only loralib has fused projections",
+        });
+    }
+    // With the alpha that the user gave: a configuration to write back must have one.
+    let source =
+        config.map(|_| SourceConfig { format: AdapterFormat::Peft, config: fields.clone() });
+    if config.is_none() {
+        fields.insert("peft_type".to_owned(), json!("LORA"));
+    }
+    let recorded = config.is_some();
+    let config_path = config.unwrap_or(path);
+    let method = config::check(config_path, &fields, options, &mut notes)?;
+    let configuration = Configuration { path: config_path, fields: &fields, method, recorded };
+    let components = build::read(file, configuration, &mut notes)?;
+    Ok(Adapter {
+        path: path.to_owned(),
+        format: AdapterFormat::Peft,
+        components,
+        base: recorded_base(&fields),
+        fan_in_fan_out: fields.get("fan_in_fan_out").and_then(Value::as_bool),
+        metadata: file.header().metadata.iter().filter(|e| e.0 != "format").cloned().collect(),
+        source,
+        extensions: Map::new(),
+        notes,
+    })
+}
+
+/// Puts the user's alpha where the configuration has none.
+fn complete(
+    fields: &mut Map<String, Value>,
+    alpha: f64,
+    path: &Path,
+    config: Option<&Path>,
+) -> Result<()> {
+    let method = fields.get("peft_type").and_then(Value::as_str).map(Method::of);
+    // What is wrong with the method is said later.
+    let field = match method {
+        Some(Ok(method)) => method.alpha_field().ok_or_else(|| Error::Meaningless {
+            path: path.to_owned(),
+            option: "alpha",
+            reason: "its method has none",
+        })?,
+        _ => "lora_alpha",
+    };
+    if let Some(recorded) = fields.get(field).filter(|value| !value.is_null()) {
+        let expected = "absent when an alpha is given by hand";
+        return Err(Error::config(config.unwrap_or(path), field, expected, recorded));
+    }
+    fields.insert(field.to_owned(), json!(alpha));
+    Ok(())
+}
+
+/// What a configuration says of the base.
+fn recorded_base(fields: &Map<String, Value>) -> BaseIdentity {
+    let text = |field: &str| fields.get(field).and_then(Value::as_str).map(str::to_owned);
+    BaseIdentity {
+        name: text("base_model_name_or_path").filter(|name| !name.is_empty()),
+        revision: text("revision"),
+        fingerprint: None,
+    }
+}
+
+/// The format that a native file's `source` names.
+pub(crate) fn format_named(path: &Path, name: &str) -> Result<AdapterFormat> {
+    if name == AdapterFormat::Peft.name() {
+        return Ok(AdapterFormat::Peft);
+    }
+    Err(Error::config(path, "source.format", "`peft`", &Value::from(name)))
+}
+
+/// Files of a PEFT directory that are not part of the adapter.
+///
+/// # Errors
+/// [`Error::Io`].
+pub fn other_files(directory: &Path) -> Result<Vec<String>> {
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(directory).at(directory, "list")? {
+        let name = entry.at(directory, "list")?.file_name().to_string_lossy().into_owned();
+        if name != CONFIG_FILE && name != MODEL_FILE {
+            names.push(name);
+        }
+    }
+    names.sort();
+    Ok(names)
+}

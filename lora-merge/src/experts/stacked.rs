@@ -1,0 +1,601 @@
+//! Adapters of stacks (PEFT's `target_parameters`): which parameter each pair of factors is of,
+//! how it lies there, and where the base has it.
+//!
+//! The files name the parameters of a module and nest the pairs, the first registered parameter
+//! innermost, but do not say which pair is whose, nor which dimension A takes. Both are the same
+//! in all layers. So all layers are asked which assignments and [`Side`]s fit every one of them:
+//! gpt-oss' down projection is square, its gate and up projection is not.
+
+use std::collections::BTreeMap;
+
+use lora_format::Shape;
+use lora_format::model::{Candidate, Experts, Note};
+
+use super::base::{Matrices, Stored};
+use super::evidence::{Evidence, Told};
+use super::layout::{Layout, Packing, Side, Stacked};
+use super::names::{self, Projection};
+use super::{Context, Found, Lie};
+use crate::error::PlanProblem;
+use crate::low_rank::Stride;
+use crate::names::numberless;
+use crate::orientation::Orientation;
+use crate::place::{Part, Placed};
+use crate::resolve::{self, Wanted};
+
+/// A module with the factors of its parameters, innermost first.
+struct Module<'a> {
+    name: &'a str,
+    factors: Vec<(usize, &'a Experts)>,
+    /// Where the base has the parameters that the configuration names.
+    homes: BTreeMap<&'a str, Home>,
+    /// Why it has others not.
+    troubles: Vec<String>,
+}
+
+/// A parameter as the model has it in memory, and where the base stores it.
+#[derive(Debug)]
+struct Home {
+    experts: usize,
+    /// Of every expert's matrix.
+    rows: usize,
+    cols: usize,
+    /// How the matrices lie in memory, where that is known.
+    stored: Option<Orientation>,
+    pieces: Vec<Piece>,
+}
+
+/// Rows of every expert's matrix, and where the base has them.
+#[derive(Debug)]
+struct Piece {
+    /// The first.
+    start: usize,
+    /// How many.
+    count: usize,
+    place: Place,
+    /// The rows that they are there.
+    rows: Stride,
+    transposed: bool,
+}
+
+/// Where the base has the matrices.
+#[derive(Debug)]
+enum Place {
+    /// All in one parameter.
+    Stack(usize),
+    /// Each in its own, by expert.
+    Each(Vec<usize>),
+}
+
+impl Home {
+    /// Whether this is one matrix: PEFT adds B·A, whatever the release.
+    fn is_one(&self) -> bool {
+        self.experts == 1
+    }
+
+    fn side(&self, side: Side) -> Side {
+        if self.is_one() { Side::Last } else { side }
+    }
+
+    /// The factors as those of this parameter, if their shapes are.
+    fn fit(&self, form: &Experts, candidate: &Candidate, side: Side) -> Option<Stacked> {
+        let ([all, a], [b, also]) = (form.a.shape.as_slice(), form.b.shape.as_slice()) else {
+            return None;
+        };
+        let experts = self.experts;
+        let rank = candidate.rank;
+        if all != also || experts.checked_mul(rank) != Some(*all) || *all == 0 {
+            return None;
+        }
+        let fits = match self.side(side) {
+            Side::Last => (*b, *a) == (self.rows, self.cols),
+            Side::First => (*a, *b) == (self.rows, self.cols),
+        };
+        fits.then_some(Stacked { experts, rank, a: *a, b: *b })
+    }
+
+    fn describe(&self) -> String {
+        match self.experts {
+            1 => format!("{}×{}", self.rows, self.cols),
+            experts => format!("{experts} experts of {}×{}", self.rows, self.cols),
+        }
+    }
+}
+
+/// A reading of the files: the parameter of every pair of factors, and the side that A takes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Reading<'a> {
+    parameters: Vec<&'a str>,
+    side: Side,
+}
+
+/// Places the factors of bare parameters, all of which are claimed.
+pub(super) fn place(
+    context: &Context<'_>,
+    components: &[(usize, &str, &Experts)],
+    found: &mut Found,
+    problems: &mut Vec<PlanProblem>,
+) {
+    found.claimed.extend(components.iter().map(|entry| entry.0));
+    // Modules that differ in their numbers alone are of one class.
+    let mut kinds: BTreeMap<(String, usize), Vec<Module<'_>>> = BTreeMap::new();
+    for module in modules(context, components, found, problems) {
+        let kind = (numberless(module.name), module.factors.len());
+        kinds.entry(kind).or_default().push(module);
+    }
+    let evidence = Evidence::of(context.contents);
+    for ((kind, _), modules) in kinds {
+        let reading = match reading(&modules) {
+            Ok(readings) => settle(context, &kind, &modules, readings, evidence, found),
+            Err(unfit) => {
+                problems.extend(unfit);
+                continue;
+            }
+        };
+        let reading = match reading {
+            Ok(reading) => reading,
+            Err(problem) => {
+                problems.push(problem);
+                continue;
+            }
+        };
+        match packings(context, &kind, &modules, &reading, evidence, found) {
+            Ok(packings) => {
+                for module in &modules {
+                    place_module(context, module, &reading, &packings, found);
+                }
+            }
+            Err(problem) => problems.push(problem),
+        }
+    }
+}
+
+/// The modules with what the base has of their parameters. One of which it has nothing is a
+/// problem instead.
+fn modules<'a>(
+    context: &Context<'_>,
+    components: &[(usize, &'a str, &'a Experts)],
+    found: &mut Found,
+    problems: &mut Vec<PlanProblem>,
+) -> Vec<Module<'a>> {
+    let mut by_name: BTreeMap<&str, Vec<(usize, &Experts)>> = BTreeMap::new();
+    for &(component, module, form) in components {
+        by_name.entry(module).or_default().push((component, form));
+    }
+    let mut wanted: Vec<Wanted<'a>> = Vec::new();
+    for (&module, factors) in &mut by_name {
+        factors.sort_by_key(|(_, form)| form.depth);
+        let mut names: Vec<&str> = factors
+            .iter()
+            .flat_map(|(_, form)| &form.candidates)
+            .map(|candidate| candidate.parameter.as_str())
+            .collect();
+        names.sort_unstable();
+        names.dedup();
+        let wanted_of = |parameter| Wanted { module, parameter, optional: true };
+        wanted.extend(names.into_iter().map(wanted_of));
+    }
+    let resolution = resolve::resolve(&wanted, context.parameters);
+    problems.extend(resolution.problems);
+    for (rename, count) in resolution.renames {
+        *found.renames.entry(rename).or_default() += count;
+    }
+    let mut wanted = wanted.into_iter().zip(resolution.found).peekable();
+    let mut modules = Vec::with_capacity(by_name.len());
+    for (name, factors) in by_name {
+        let mut module = Module { name, factors, homes: BTreeMap::new(), troubles: Vec::new() };
+        let mut missing = None;
+        while let Some((one, index)) = wanted.next_if(|(one, _)| one.module == name) {
+            let home = match index {
+                Some(index) => direct(context, index).map(Some),
+                None => elsewhere(context, name, one.parameter),
+            };
+            match home {
+                Ok(Some(home)) => drop(module.homes.insert(one.parameter, home)),
+                Ok(None) => missing = missing.or(Some(one)),
+                Err(trouble) => module.troubles.push(trouble),
+            }
+        }
+        match missing {
+            Some(one) if module.homes.is_empty() && module.troubles.is_empty() => {
+                let one = Wanted { optional: false, ..one };
+                problems.extend(resolve::resolve(&[one], context.parameters).problems);
+            }
+            _ => modules.push(module),
+        }
+    }
+    modules
+}
+
+/// A parameter that the base has under the adapter's name.
+fn direct(context: &Context<'_>, index: usize) -> Result<Home, String> {
+    let parameter = context.parameters.get(index);
+    let (experts, rows, cols) = match *parameter.shape.as_slice() {
+        [rows, cols] => (1, rows, cols),
+        [experts, rows, cols] => (experts, rows, cols),
+        _ => {
+            let shape = Shape(parameter.shape.clone());
+            return Err(format!(
+                "`{}` is {shape}, and factors are of parameters of two or three dimensions",
+                parameter.name
+            ));
+        }
+    };
+    let stored = context.base.block_of(index).and_then(|block| block.orientation());
+    let whole = Piece::whole(Place::Stack(index), rows, false);
+    Ok(Home { experts, rows, cols, stored, pieces: vec![whole] })
+}
+
+/// A stack that the base has under another name, or matrix by matrix.
+fn elsewhere(context: &Context<'_>, module: &str, parameter: &str) -> Result<Option<Home>, String> {
+    let (Some(block), Some(projection)) = (context.block(module), names::of_parameter(parameter))
+    else {
+        return Ok(None);
+    };
+    let matrices = |projection| block.matrices(projection, context.parameters);
+    if let Some(all) = matrices(projection)? {
+        let Matrices { experts, rows, cols, .. } = all;
+        return Ok(Some(match all.stored {
+            Stored::Stack { parameter, as_in_memory: false, .. }
+                if projection == Projection::GateUp =>
+            {
+                sorted(*parameter, all, block.orientation())?
+            }
+            Stored::Stack { parameter, .. } => {
+                let pieces = vec![Piece::whole(Place::Stack(*parameter), rows, false)];
+                Home { experts, rows, cols, stored: block.orientation(), pieces }
+            }
+            Stored::Each { parameters, .. } => {
+                let each = Place::Each(parameters.values().copied().collect());
+                // What unsloth takes apart is gpt-oss, E × in × out in memory.
+                match matrices(Projection::GateUp)? {
+                    Some(_) => Home {
+                        experts,
+                        rows: cols,
+                        cols: rows,
+                        stored: Some(Orientation::InOut),
+                        pieces: vec![Piece::whole(each, cols, true)],
+                    },
+                    None => Home {
+                        experts,
+                        rows,
+                        cols,
+                        stored: Some(Orientation::OutIn),
+                        pieces: vec![Piece::whole(each, rows, false)],
+                    },
+                }
+            }
+        }));
+    }
+    if projection != Projection::GateUp {
+        return Ok(None);
+    }
+    match (matrices(Projection::Gate)?, matrices(Projection::Up)?) {
+        (None, None) => Ok(None),
+        (Some(gate), Some(up)) => joined(gate, up).map(Some),
+        (gate, _) => {
+            let missing = if gate.is_some() { Projection::Up } else { Projection::Gate };
+            Err(format!("the base has no {} that goes with the other half", missing.name()))
+        }
+    }
+}
+
+impl Piece {
+    fn whole(place: Place, count: usize, transposed: bool) -> Piece {
+        Piece { start: 0, count, place, rows: Stride::ALL, transposed }
+    }
+}
+
+/// Gate and up stored apart, joined in memory: the gate's outputs come first.
+fn joined(gate: Matrices<'_>, up: Matrices<'_>) -> Result<Home, String> {
+    let shape = |it: &Matrices<'_>| (it.experts, it.rows, it.cols);
+    if shape(&gate) != shape(&up) {
+        return Err(format!(
+            "gate projections of {} experts of {}×{}, and up projections of {} of {}×{}",
+            gate.experts, gate.rows, gate.cols, up.experts, up.rows, up.cols
+        ));
+    }
+    let (experts, half, cols) = shape(&gate);
+    let place = |it: &Matrices<'_>| match it.stored {
+        Stored::Stack { parameter, .. } => Place::Stack(*parameter),
+        Stored::Each { parameters, .. } => Place::Each(parameters.values().copied().collect()),
+    };
+    let piece = |it: &Matrices<'_>, start| Piece { start, ..Piece::whole(place(it), half, false) };
+    let pieces = vec![piece(&gate, 0), piece(&up, half)];
+    let rows = half.checked_mul(2).ok_or("the matrices are too large")?;
+    Ok(Home { experts, rows, cols, stored: Some(Orientation::OutIn), pieces })
+}
+
+/// Gate and up stored in turn, sorted into halves in memory.
+fn sorted(
+    parameter: usize,
+    all: Matrices<'_>,
+    stored: Option<Orientation>,
+) -> Result<Home, String> {
+    let Matrices { experts, rows, cols, .. } = all;
+    if rows % 2 != 0 || stored == Some(Orientation::InOut) {
+        return Err(format!("{rows} rows of gate and up projections in turn"));
+    }
+    let half = rows / 2;
+    let piece = |start: usize, first| Piece {
+        start,
+        rows: Stride { start: first, step: 2 },
+        ..Piece::whole(Place::Stack(parameter), half, false)
+    };
+    let pieces = vec![piece(0, 0), piece(half, 1)];
+    Ok(Home { experts, rows, cols, stored: Some(Orientation::OutIn), pieces })
+}
+
+/// More parameters of one module than this are no module of experts.
+const MOST: usize = 8;
+
+/// The readings that fit all modules of a kind.
+///
+/// # Errors
+/// Every module that none fits.
+fn reading<'a>(modules: &[Module<'a>]) -> Result<Vec<Reading<'a>>, Vec<PlanProblem>> {
+    let mut readings: Option<Vec<Reading<'a>>> = None;
+    let mut unfit = Vec::new();
+    for module in modules {
+        let fits = |reading: &Reading<'_>| {
+            let pairs = module.factors.iter().zip(&reading.parameters);
+            pairs
+                .into_iter()
+                .all(|((_, form), &parameter)| module.fit(form, parameter, reading.side).is_some())
+        };
+        let own = match &readings {
+            None => module.readings(),
+            Some(known) => known.iter().filter(|reading| fits(reading)).cloned().collect(),
+        };
+        if own.is_empty() {
+            unfit.push(module.unfit(readings.is_some()));
+        } else {
+            readings = Some(own);
+        }
+    }
+    match (readings, unfit.is_empty()) {
+        (Some(readings), true) => Ok(readings),
+        _ => Err(unfit),
+    }
+}
+
+impl<'a> Module<'a> {
+    fn candidate(form: &'a Experts, parameter: &str) -> Option<&'a Candidate> {
+        form.candidates.iter().find(|candidate| candidate.parameter == parameter)
+    }
+
+    fn fit(&self, form: &'a Experts, parameter: &str, side: Side) -> Option<Stacked> {
+        let candidate = Module::candidate(form, parameter)?;
+        self.homes.get(parameter)?.fit(form, candidate, side)
+    }
+
+    /// Every way to give each pair of factors a parameter of its own that it fits. If there are
+    /// several, one in the order of registration goes before those that are not.
+    fn readings(&self) -> Vec<Reading<'a>> {
+        let mut readings = Vec::new();
+        if self.factors.len().max(self.homes.len()) > MOST {
+            return readings;
+        }
+        for side in Side::BOTH {
+            let mut partial: Vec<Vec<&'a str>> = vec![Vec::new()];
+            for (_, form) in &self.factors {
+                let fitting: Vec<&'a str> = self
+                    .homes
+                    .keys()
+                    .copied()
+                    .filter(|parameter| self.fit(form, parameter, side).is_some())
+                    .collect();
+                partial = partial
+                    .iter()
+                    .flat_map(|taken| {
+                        let free = fitting.iter().filter(|name| !taken.contains(name));
+                        free.map(|name| [taken.as_slice(), &[*name]].concat())
+                    })
+                    .collect();
+            }
+            readings.extend(partial.into_iter().map(|parameters| Reading { parameters, side }));
+        }
+        // Of single matrices both sides are the same.
+        if self.homes.values().all(Home::is_one) {
+            readings.retain(|reading| reading.side == Side::Last);
+        }
+        let ordered = |reading: &Reading<'a>| names::in_order(reading.parameters.iter().copied());
+        if readings.len() > 1 && readings.iter().any(ordered) {
+            readings.retain(ordered);
+        }
+        readings
+    }
+
+    /// What was expected, and what was found.
+    fn unfit(&self, together: bool) -> PlanProblem {
+        let factors: Vec<String> = self
+            .factors
+            .iter()
+            .map(|(_, form)| {
+                let (a, b) = (Shape(form.a.shape.clone()), Shape(form.b.shape.clone()));
+                format!("A {a} with B {b}")
+            })
+            .collect();
+        let rank = |parameter: &str| {
+            let mut forms = self.factors.iter();
+            let candidate = forms.find_map(|(_, form)| Module::candidate(form, parameter));
+            candidate.map_or(0, |candidate| candidate.rank)
+        };
+        let homes: Vec<String> = self
+            .homes
+            .iter()
+            .map(|(name, home)| format!("`{name}` is {}, at rank {}", home.describe(), rank(name)))
+            .chain(self.troubles.iter().cloned())
+            .collect();
+        let as_others = if together { " as in the layers before" } else { "" };
+        let problem = format!(
+            "the factors {} do not fit the base{as_others}: {}",
+            factors.join(" and "),
+            homes.join("; ")
+        );
+        PlanProblem::Experts { module: self.name.to_owned(), problem }
+    }
+}
+
+/// One reading of those that fit: the user's, else what the configuration tells.
+fn settle<'a>(
+    context: &Context<'_>,
+    kind: &str,
+    modules: &[Module<'a>],
+    mut readings: Vec<Reading<'a>>,
+    evidence: Evidence<'_>,
+    found: &mut Found,
+) -> Result<Reading<'a>, PlanProblem> {
+    let is_open = |readings: &[Reading<'_>]| readings.iter().any(|it| it.side != readings[0].side);
+    if is_open(&readings) {
+        let stored = stored(modules);
+        let told = evidence.side(stored, context.model);
+        let (side, by) = match (context.layout, told) {
+            (Some(layout), told) => {
+                let what = layout.side(stored);
+                let against = told.filter(|told| told.what != what);
+                (
+                    what,
+                    against.map(|told| format!("--moe-layout {layout} asks, though {}", told.by)),
+                )
+            }
+            (None, Some(Told { what, by })) => (what, Some(by)),
+            (None, None) => {
+                let open = "the matrices are square, and the files do not say whether A has the \
+                            experts' inputs or their outputs";
+                return Err(refusal(kind, open));
+            }
+        };
+        readings.retain(|reading| reading.side == side);
+        found.notes.extend(by.map(|evidence| Note::ExpertLayout {
+            module: kind.to_owned(),
+            reading: format!("A has {}", side.of(stored)),
+            evidence,
+        }));
+    }
+    match <[Reading<'a>; 1]>::try_from(readings) {
+        Ok([only]) => Ok(only),
+        Err(several) => {
+            let ways: Vec<String> =
+                several.iter().map(|reading| reading.parameters.join(", ")).collect();
+            Err(PlanProblem::Experts {
+                module: kind.to_owned(),
+                problem: format!(
+                    "the factors fit its parameters in more than one order ({}), and which the \
+                     module registered first is not known",
+                    ways.join("; ")
+                ),
+            })
+        }
+    }
+}
+
+/// How the experts of these modules lie in memory, if they all agree.
+fn stored(modules: &[Module<'_>]) -> Option<Orientation> {
+    let homes = modules.iter().flat_map(|module| module.homes.values());
+    let mut known = homes.filter(|home| !home.is_one()).filter_map(|home| home.stored);
+    let first = known.next()?;
+    known.all(|other| other == first).then_some(first)
+}
+
+/// Which columns of B are whose, by parameter.
+fn packings<'a>(
+    context: &Context<'_>,
+    kind: &str,
+    modules: &[Module<'a>],
+    reading: &Reading<'a>,
+    evidence: Evidence<'_>,
+    found: &mut Found,
+) -> Result<BTreeMap<&'a str, Packing>, PlanProblem> {
+    let mut packings = BTreeMap::new();
+    for (position, &parameter) in reading.parameters.iter().enumerate() {
+        let matters = modules.iter().any(|module| {
+            let form = module.factors[position].1;
+            let stacked = module.fit(form, parameter, reading.side);
+            stacked.is_some_and(|stacked| stacked.experts > 1 && stacked.rank > 1)
+        });
+        let told = evidence.packing(parameter);
+        let (packing, by) = match (context.layout.map(Layout::packing), told) {
+            _ if !matters => (Packing::RankMajor, None),
+            (Some(packing), told) => {
+                let marker = evidence.marker(parameter);
+                let against = marker.filter(|_| told != Ok(packing));
+                let by =
+                    |marker| format!("--moe-layout asks, though `lora_B_layout` is {marker:?}");
+                (packing, against.map(by))
+            }
+            (None, Ok(packing)) => {
+                let told =
+                    (packing != Packing::RankMajor).then(|| "`lora_B_layout` says".to_owned());
+                (packing, told)
+            }
+            (None, Err(open)) => return Err(refusal(kind, &open)),
+        };
+        packings.insert(parameter, packing);
+        found.notes.extend(by.map(|evidence| Note::ExpertLayout {
+            module: format!("{kind}.{parameter}"),
+            reading: match packing {
+                Packing::RankMajor => "B has its columns by rank, then by expert".to_owned(),
+                Packing::Blocks => "B has its columns by expert, then by rank".to_owned(),
+            },
+            evidence,
+        }));
+    }
+    Ok(packings)
+}
+
+fn refusal(kind: &str, open: &str) -> PlanProblem {
+    let names: Vec<&str> = Layout::ALL.into_iter().map(Layout::name).collect();
+    PlanProblem::ExpertLayout {
+        module: kind.to_owned(),
+        open: open.to_owned(),
+        layouts: names.join(", "),
+    }
+}
+
+fn place_module(
+    context: &Context<'_>,
+    module: &Module<'_>,
+    reading: &Reading<'_>,
+    packings: &BTreeMap<&str, Packing>,
+    found: &mut Found,
+) {
+    for (&(component, form), &parameter) in module.factors.iter().zip(&reading.parameters) {
+        let (Some(stacked), Some(candidate), Some(home), Some(&packing)) = (
+            module.fit(form, parameter, reading.side),
+            Module::candidate(form, parameter),
+            module.homes.get(parameter),
+            packings.get(parameter),
+        ) else {
+            // The reading fits all modules.
+            continue;
+        };
+        let (side, scale) = (home.side(reading.side), candidate.scaling.scale(candidate.rank));
+        for (number, piece) in home.pieces.iter().enumerate() {
+            let terms = (0..home.experts).map(|expert| {
+                let pair = stacked.expert(expert, packing, side);
+                let pair = pair.some_rows(piece.start, 1, piece.count);
+                let again = (number > 0).then_some(pair.cols.factor);
+                let lie = Lie { rows: piece.rows, transposed: piece.transposed, again };
+                pair.term((context.adapter, component), scale, lie)
+            });
+            let place = |parameter, count, terms| Placed {
+                adapter: context.adapter,
+                component,
+                parameter: Some(parameter),
+                part: Part::Slabs { count, terms },
+            };
+            match &piece.place {
+                Place::Stack(parameter) => {
+                    let terms = terms.enumerate().collect();
+                    found.placed.push(place(*parameter, home.experts, terms));
+                }
+                Place::Each(parameters) => {
+                    let each = parameters.iter().zip(terms);
+                    let each = each.map(|(parameter, term)| place(*parameter, 1, vec![(0, term)]));
+                    found.placed.extend(each);
+                }
+            }
+        }
+    }
+}

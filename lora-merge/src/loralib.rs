@@ -1,0 +1,60 @@
+//! loralib's factors, whose kind of layer only the base tells: those of a fused projection or of a
+//! convolution become what every other adapter has.
+
+use lora_format::codec::loralib;
+use lora_format::model::{AdapterFormat, Form, Layer, LowRank};
+
+use crate::error::PlanProblem;
+use crate::parameters::Parameters;
+use crate::place::Placed;
+use crate::plan::WeightedAdapter;
+
+/// Rewrites the components whose factors fit no matrix as they are.
+pub(crate) fn expand(
+    adapters: &mut [WeightedAdapter],
+    placed: &[Placed],
+    parameters: &Parameters,
+    problems: &mut Vec<PlanProblem>,
+) {
+    for place in placed {
+        let adapter = &mut adapters[place.adapter].adapter;
+        let Some(index) = place.parameter.filter(|_| adapter.format == AdapterFormat::Loralib)
+        else {
+            continue;
+        };
+        let parameter = parameters.get(index);
+        let Form::LowRank(stored) = &mut adapter.components[place.component].form else { continue };
+        let kept = stored.layer == Layer::Linear && parameter.shape.len() != 4;
+        if kept {
+            continue;
+        }
+        match expanded(stored, &parameter.shape) {
+            Some(linear) => *stored = linear,
+            None if stored.layer == Layer::Merged => {
+                problems.push(PlanProblem::Groups { parameter: parameter.name.clone() });
+            }
+            // The shapes are compared later, and shown.
+            None => {}
+        }
+    }
+}
+
+/// The change that the factors form on a parameter of this shape. Where every group of a fused
+/// projection has factors, the parameter has as many rows as they have together.
+fn expanded(stored: &LowRank, shape: &[usize]) -> Option<LowRank> {
+    match (stored.layer, shape) {
+        (Layer::Merged, &[rows, cols]) => {
+            let (&[a_rows, _], &[outputs, rank]) =
+                (stored.a.shape.as_slice(), stored.b.shape.as_slice())
+            else {
+                return None;
+            };
+            // Conv1D stores (in, out).
+            let all = outputs == rows || outputs == cols;
+            let groups = a_rows.checked_div(rank).filter(|_| all)?;
+            loralib::merged(stored, &vec![true; groups])
+        }
+        (Layer::Linear, &[..]) => loralib::convolution(stored, shape),
+        _ => None,
+    }
+}

@@ -1,0 +1,118 @@
+//! Components → parameters: which parameter of the base every component of an adapter changes, or
+//! that the output gains one.
+
+use std::collections::BTreeMap;
+
+use lora_format::model::{Component, Form, Note, Target};
+use serde_json::{Map, Value};
+
+use crate::error::PlanProblem;
+use crate::experts;
+use crate::low_rank::Term;
+use crate::parameters::Parameters;
+use crate::plan::WeightedAdapter;
+use crate::resolve::{self, Resolution, Wanted};
+
+/// A component and the parameter that it changes.
+#[derive(Clone, Debug)]
+pub(crate) struct Placed {
+    /// Index of the adapter.
+    pub(crate) adapter: usize,
+    /// Index of its component.
+    pub(crate) component: usize,
+    /// The base's parameter; `None` where the base has none of this name.
+    pub(crate) parameter: Option<usize>,
+    /// Which part of the parameter.
+    pub(crate) part: Part,
+}
+
+/// Where in its parameter a component's change goes.
+#[derive(Clone, Debug)]
+pub(crate) enum Part {
+    /// All of it.
+    Whole,
+    /// Terms in some of the matrices that the parameter is a stack of.
+    Slabs {
+        /// How many matrices it is.
+        count: usize,
+        /// The terms, with the index of the matrix. Their scales are the component's own.
+        terms: Vec<(usize, Term)>,
+    },
+}
+
+/// What [`place`] found.
+pub(crate) struct Places {
+    pub(crate) placed: Vec<Placed>,
+    /// Prefixes that differ, with the number of modules.
+    pub(crate) renames: BTreeMap<(String, String), usize>,
+    /// What was taken for granted.
+    pub(crate) notes: Vec<Note>,
+}
+
+/// Places every component of the adapter with index `adapter`.
+pub(crate) fn place(
+    adapter: usize,
+    weighted: &WeightedAdapter,
+    parameters: &Parameters,
+    config: Option<&Map<String, Value>>,
+    layout: Option<experts::Layout>,
+    problems: &mut Vec<PlanProblem>,
+) -> Places {
+    let contents = &weighted.adapter;
+    let experts::Found { mut placed, claimed, renames: mut prefixes, notes } =
+        experts::place(adapter, contents, parameters, config, layout, problems);
+    let rest: Vec<(usize, &Component)> = contents
+        .components
+        .iter()
+        .enumerate()
+        .filter(|(index, _)| claimed.binary_search(index).is_err())
+        .filter(|(_, component)| !(weighted.undo && matches!(component.form, Form::Base(_))))
+        .collect();
+    let wanted: Vec<Wanted<'_>> =
+        rest.iter().map(|(_, component)| wanted(component, parameters)).collect();
+    let Resolution { found, problems: unresolved, renames } = resolve::resolve(&wanted, parameters);
+    problems.extend(unresolved);
+    for (rename, count) in renames {
+        *prefixes.entry(rename).or_default() += count;
+    }
+    for ((component, contents), (parameter, wanted)) in rest.iter().zip(found.iter().zip(&wanted)) {
+        let place =
+            Placed { adapter, component: *component, parameter: *parameter, part: Part::Whole };
+        match (parameter, &contents.form) {
+            (Some(_), _) => placed.push(place),
+            (None, Form::Replaced(_)) if has_module(&contents.target, parameters) => {
+                let Target { module, parameter } = contents.target.clone();
+                problems.push(PlanProblem::Unresolved { module, parameter, nearest: Vec::new() });
+            }
+            (None, Form::Replaced(_)) => placed.push(place),
+            // The gain of a bias that the layer does not have.
+            (None, Form::Gain(_)) => {}
+            (None, _) if wanted.optional => placed.push(place),
+            // A problem stands for it.
+            (None, _) => {}
+        }
+    }
+    placed.sort_by_key(|place| (place.component, place.parameter));
+    Places { placed, renames: prefixes, notes }
+}
+
+fn wanted<'a>(component: &'a Component, parameters: &Parameters) -> Wanted<'a> {
+    let Target { module, parameter } = &component.target;
+    let optional = match &component.form {
+        // The base may have no head of this kind yet.
+        Form::Replaced(_) => true,
+        Form::Gain(_) => parameter == "bias",
+        // A tied head may not be stored.
+        _ => {
+            resolve::is_head(&component.target.name())
+                && parameters.all().iter().any(|one| resolve::is_input_embedding(&one.name))
+        }
+    };
+    Wanted { module, parameter, optional }
+}
+
+/// Whether the base has the module that a parameter belongs to: then it lacks the parameter.
+fn has_module(target: &Target, parameters: &Parameters) -> bool {
+    let module = format!("{}.", target.module);
+    parameters.under(&module).next().is_some()
+}

@@ -1,0 +1,306 @@
+//! Is a model what a merge makes? The merge is carried out again, and every byte that it would
+//! write is compared with what is there.
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
+
+use lora_format::checkpoint::{Checkpoint, Location};
+use lora_format::io::mmap::Mapping;
+use lora_format::{Dtype, Shape};
+
+use crate::engine::{self, Progress, RunOptions, Sink};
+use crate::error::Result;
+use crate::numbers::{float_type, steps_between};
+use crate::plan::MergePlan;
+
+/// What a comparison found.
+#[derive(Clone, Debug, PartialEq)]
+pub struct VerifyReport {
+    /// Tensors compared element by element.
+    pub compared: usize,
+    /// Those that differ somewhere, sorted by name.
+    pub different: Vec<Difference>,
+    /// Tensors that the merge makes and the model lacks.
+    pub missing: Vec<String>,
+    /// Tensors that the model has and the merge does not make.
+    pub unexpected: Vec<String>,
+    /// Tensors of another shape or dtype than the merge makes.
+    pub reshaped: Vec<Reshaped>,
+}
+
+/// A tensor that cannot be compared.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Reshaped {
+    /// Its name.
+    pub tensor: String,
+    /// What the merge makes.
+    pub expected: (Dtype, Shape),
+    /// What the model has.
+    pub found: (Dtype, Shape),
+}
+
+/// How a tensor differs from what the merge makes.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Difference {
+    /// Its name.
+    pub tensor: String,
+    /// Its dtype.
+    pub dtype: Dtype,
+    /// Its elements.
+    pub elements: u64,
+    /// Those whose bits differ.
+    pub different: u64,
+    /// The one that is furthest off, in values of its dtype between; the first of equals.
+    pub worst: Worst,
+}
+
+/// The element that is furthest off.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Worst {
+    /// Its place in the tensor.
+    pub index: Vec<usize>,
+    /// What the merge makes.
+    pub expected: f64,
+    /// What the model has.
+    pub found: f64,
+    /// How many values of the dtype lie between, counting one end; `None` where one is NaN or the
+    /// dtype is no float.
+    pub steps: Option<u64>,
+}
+
+impl VerifyReport {
+    /// Whether the model is what the merge makes, up to `steps` values of the dtype.
+    pub fn agrees(&self, steps: u64) -> bool {
+        self.missing.is_empty()
+            && self.unexpected.is_empty()
+            && self.reshaped.is_empty()
+            && self.different.iter().all(|one| one.worst.steps.is_some_and(|far| far <= steps))
+    }
+}
+
+/// The dtype that a merge must have converted to for `merged` to be its output, where the model's
+/// floating-point tensors have one dtype.
+pub fn common_dtype(merged: &Checkpoint) -> Option<Dtype> {
+    let floats = merged.tensors().map(|(_, info)| info.dtype).filter(|d| d.is_merge_float());
+    let dtypes: BTreeSet<Dtype> = floats.collect();
+    dtypes.first().copied().filter(|_| dtypes.len() == 1)
+}
+
+/// Carries the merge out again and compares.
+///
+/// # Errors
+/// What the merge meets, or reading the model.
+pub fn verify(
+    plan: &MergePlan,
+    merged: &Checkpoint,
+    options: &RunOptions,
+    progress: &Progress,
+) -> Result<VerifyReport> {
+    let mut report = VerifyReport {
+        compared: 0,
+        different: Vec::new(),
+        missing: Vec::new(),
+        unexpected: Vec::new(),
+        reshaped: Vec::new(),
+    };
+    let mut made = BTreeSet::new();
+    let mut counterparts = Vec::with_capacity(plan.output.files.len());
+    for file in &plan.output.files {
+        let mut own = Vec::with_capacity(file.tensors.len());
+        for tensor in &file.tensors {
+            made.insert(tensor.name.as_str());
+            let location = merged.find(&tensor.name);
+            let counterpart = location.filter(|&location| {
+                let info = merged.info(location);
+                info.dtype == tensor.dtype && info.shape == tensor.shape
+            });
+            match (location, counterpart) {
+                (None, _) => report.missing.push(tensor.name.clone()),
+                (Some(location), None) => {
+                    let info = merged.info(location);
+                    report.reshaped.push(Reshaped {
+                        tensor: tensor.name.clone(),
+                        expected: (tensor.dtype, Shape(tensor.shape.clone())),
+                        found: (info.dtype, Shape(info.shape.clone())),
+                    });
+                }
+                (_, Some(_)) => report.compared += 1,
+            }
+            own.push(Counterpart { location: counterpart, found: Mutex::new(Found::default()) });
+        }
+        counterparts.push(own);
+    }
+    let unexpected = merged.tensors().map(|(_, info)| &info.name);
+    report.unexpected = unexpected.filter(|name| !made.contains(name.as_str())).cloned().collect();
+
+    let shards = merged.shards().iter();
+    let mappings = shards.map(|shard| shard.file.map()).collect::<Result<_, _>>()?;
+    let sink = CompareSink { plan, merged, mappings, counterparts };
+    engine::fill(plan, &sink, options, progress)?;
+    for shard in merged.shards() {
+        shard.file.ensure_unchanged()?;
+    }
+    report.different = sink.differences();
+    report.missing.sort();
+    Ok(report)
+}
+
+/// Compares what it is given with a model.
+struct CompareSink<'a> {
+    plan: &'a MergePlan,
+    merged: &'a Checkpoint,
+    mappings: Vec<Mapping>,
+    /// By output file and tensor.
+    counterparts: Vec<Vec<Counterpart>>,
+}
+
+/// The model's tensor of the same name, shape and dtype, and what was found of it.
+struct Counterpart {
+    location: Option<Location>,
+    found: Mutex<Found>,
+}
+
+/// What was found of one tensor so far.
+#[derive(Default)]
+struct Found {
+    different: u64,
+    worst: Option<Element>,
+}
+
+/// An element that differs.
+struct Element {
+    /// Farther first: NaN is farther than any number.
+    steps: u64,
+    index: u64,
+    expected: f64,
+    found: f64,
+}
+
+impl Sink for CompareSink<'_> {
+    fn put(&self, file: usize, offset: u64, bytes: &[u8]) -> Result<()> {
+        let tensors = &self.plan.output.files[file].tensors;
+        let end = offset + bytes.len() as u64;
+        let first = tensors.partition_point(|tensor| tensor.offset + tensor.bytes <= offset);
+        for (position, tensor) in tensors.iter().enumerate().skip(first) {
+            if tensor.offset >= end {
+                break;
+            }
+            let counterpart = &self.counterparts[file][position];
+            let Some(location) = counterpart.location else { continue };
+            let from = offset.max(tensor.offset);
+            let until = end.min(tensor.offset + tensor.bytes);
+            let made = &bytes[(from - offset) as usize..(until - offset) as usize];
+            let shard = &self.merged.shards()[location.shard];
+            let info = self.merged.info(location);
+            let start = shard.file.header().data_start + info.start + (from - tensor.offset);
+            let range = start as usize..start as usize + made.len();
+            let mapping = &self.mappings[location.shard];
+            mapping.populate(range.clone());
+            let there = &mapping[range.clone()];
+            if made != there {
+                compare(tensor.dtype, from - tensor.offset, made, there, counterpart);
+            }
+            mapping.release(range);
+        }
+        Ok(())
+    }
+
+    fn copy(
+        &self,
+        file: usize,
+        offset: u64,
+        _: &File,
+        mapping: &Mapping,
+        range: Range<usize>,
+    ) -> Result<()> {
+        mapping.populate(range.clone());
+        self.put(file, offset, &mapping[range.clone()])?;
+        mapping.release(range);
+        Ok(())
+    }
+}
+
+/// Enters the elements that differ in a run of a tensor.
+fn compare(dtype: Dtype, first_byte: u64, made: &[u8], there: &[u8], counterpart: &Counterpart) {
+    let width = (dtype.bits() / 8).max(1) as usize;
+    let first = first_byte / width as u64;
+    let mut found = counterpart.found.lock().unwrap_or_else(PoisonError::into_inner);
+    let pairs = made.chunks(width).zip(there.chunks(width)).enumerate();
+    for (index, (made, there)) in pairs.filter(|(_, (made, there))| made != there) {
+        found.different += 1;
+        let element = Element::of(dtype, first + index as u64, made, there);
+        // Runs come in any order: of equals, the first in the tensor.
+        let nearer = found.worst.as_ref().is_none_or(|worst| {
+            (element.steps, std::cmp::Reverse(element.index))
+                > (worst.steps, std::cmp::Reverse(worst.index))
+        });
+        if nearer {
+            found.worst = Some(element);
+        }
+    }
+}
+
+impl Element {
+    fn of(dtype: Dtype, index: u64, made: &[u8], there: &[u8]) -> Element {
+        let word = |bytes: &[u8]| {
+            let mut word = [0; 4];
+            let length = bytes.len().min(4);
+            word[..length].copy_from_slice(&bytes[..length]);
+            u32::from_le_bytes(word)
+        };
+        let (made, there) = (word(made), word(there));
+        match float_type(dtype) {
+            Some(float) => Element {
+                steps: steps_between(float, made, there).unwrap_or(u64::MAX),
+                index,
+                expected: f64::from(float.decode(made)),
+                found: f64::from(float.decode(there)),
+            },
+            None => Element {
+                steps: u64::MAX,
+                index,
+                expected: f64::from(made),
+                found: f64::from(there),
+            },
+        }
+    }
+}
+
+impl CompareSink<'_> {
+    fn differences(self) -> Vec<Difference> {
+        let mut differences = Vec::new();
+        for (file, counterparts) in self.plan.output.files.iter().zip(self.counterparts) {
+            for (tensor, counterpart) in file.tensors.iter().zip(counterparts) {
+                let found = counterpart.found.into_inner().unwrap_or_else(PoisonError::into_inner);
+                let Some(worst) = found.worst else { continue };
+                differences.push(Difference {
+                    tensor: tensor.name.clone(),
+                    dtype: tensor.dtype,
+                    elements: tensor.shape.iter().map(|&n| n as u64).product(),
+                    different: found.different,
+                    worst: Worst {
+                        index: place(worst.index, &tensor.shape),
+                        expected: worst.expected,
+                        found: worst.found,
+                        steps: (worst.steps != u64::MAX).then_some(worst.steps),
+                    },
+                });
+            }
+        }
+        differences.sort_by(|a, b| a.tensor.cmp(&b.tensor));
+        differences
+    }
+}
+
+/// A flat index as one per dimension.
+fn place(mut index: u64, shape: &[usize]) -> Vec<usize> {
+    let mut place = vec![0; shape.len()];
+    for (slot, &length) in place.iter_mut().zip(shape).rev() {
+        let length = length.max(1) as u64;
+        *slot = (index % length) as usize;
+        index /= length;
+    }
+    place
+}
