@@ -52,11 +52,14 @@ pub struct Difference {
     pub elements: u64,
     /// Those whose bits differ.
     pub different: u64,
-    /// The one that is furthest off, in values of its dtype between; the first of equals.
+    /// The most values of the dtype from what is expected to what is there, counting one end;
+    /// `None` where one of the two is NaN, or the dtype is no float.
+    pub steps: Option<u64>,
+    /// The one whose value is furthest off; the first of equals.
     pub worst: Worst,
 }
 
-/// The element that is furthest off.
+/// The element whose value is furthest off.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Worst {
     /// Its place in the tensor.
@@ -65,9 +68,6 @@ pub struct Worst {
     pub expected: f64,
     /// What the model has.
     pub found: f64,
-    /// How many values of the dtype lie between, counting one end; `None` where one is NaN or the
-    /// dtype is no float.
-    pub steps: Option<u64>,
 }
 
 impl VerifyReport {
@@ -76,7 +76,7 @@ impl VerifyReport {
         self.missing.is_empty()
             && self.unexpected.is_empty()
             && self.reshaped.is_empty()
-            && self.different.iter().all(|one| one.worst.steps.is_some_and(|far| far <= steps))
+            && self.different.iter().all(|one| one.steps.is_some_and(|far| far <= steps))
     }
 }
 
@@ -166,12 +166,13 @@ struct Counterpart {
 #[derive(Default)]
 struct Found {
     different: u64,
+    /// The most; `u64::MAX` where there is no number.
+    steps: u64,
     worst: Option<Element>,
 }
 
 /// An element that differs.
 struct Element {
-    /// Farther first: NaN is farther than any number.
     steps: u64,
     index: u64,
     expected: f64,
@@ -231,18 +232,25 @@ fn compare(dtype: Dtype, first_byte: u64, made: &[u8], there: &[u8], counterpart
     for (index, (made, there)) in pairs.filter(|(_, (made, there))| made != there) {
         found.different += 1;
         let element = Element::of(dtype, first + index as u64, made, there);
+        found.steps = found.steps.max(element.steps);
         // Runs come in any order: of equals, the first in the tensor.
-        let nearer = found.worst.as_ref().is_none_or(|worst| {
-            (element.steps, std::cmp::Reverse(element.index))
-                > (worst.steps, std::cmp::Reverse(worst.index))
+        let worse = found.worst.as_ref().is_none_or(|worst| {
+            let order = element.distance().total_cmp(&worst.distance());
+            order.then(worst.index.cmp(&element.index)).is_gt()
         });
-        if nearer {
+        if worse {
             found.worst = Some(element);
         }
     }
 }
 
 impl Element {
+    /// How far the two values are apart; what is not a number is farthest.
+    fn distance(&self) -> f64 {
+        let distance = (self.expected - self.found).abs();
+        if distance.is_nan() { f64::INFINITY } else { distance }
+    }
+
     fn of(dtype: Dtype, index: u64, made: &[u8], there: &[u8]) -> Element {
         let word = |bytes: &[u8]| {
             let mut word = [0; 4];
@@ -280,11 +288,11 @@ impl CompareSink<'_> {
                     dtype: tensor.dtype,
                     elements: tensor.shape.iter().map(|&n| n as u64).product(),
                     different: found.different,
+                    steps: (found.steps != u64::MAX).then_some(found.steps),
                     worst: Worst {
                         index: place(worst.index, &tensor.shape),
                         expected: worst.expected,
                         found: worst.found,
-                        steps: (worst.steps != u64::MAX).then_some(worst.steps),
                     },
                 });
             }

@@ -23,6 +23,7 @@ mod realised;
 mod resolve;
 mod strict;
 mod support;
+mod undo;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -67,7 +67,7 @@ struct JsonDifference<'a> {
     worst_index: &'a [usize],
     worst_expected: f64,
     worst_found: f64,
-    worst_steps: Option<u64>,
+    steps: Option<u64>,
 }
 
 #[derive(Debug, Serialize)]
@@ -123,7 +123,7 @@ fn describe<'a>(arguments: &Arguments, report: &'a VerifyReport, agrees: bool) -
                 worst_index: &one.worst.index,
                 worst_expected: one.worst.expected,
                 worst_found: one.worst.found,
-                worst_steps: one.worst.steps,
+                steps: one.steps,
             })
             .collect(),
         missing: &report.missing,
@@ -148,14 +148,18 @@ const SHOWN: usize = 20;
 fn text(arguments: &Arguments, report: &VerifyReport, agrees: bool) -> String {
     let mut lines = Vec::new();
     let mut different: Vec<&Difference> = report.different.iter().collect();
-    different.sort_by_key(|one| std::cmp::Reverse(one.worst.steps.unwrap_or(u64::MAX)));
+    let distance = |one: &Difference| {
+        let distance = (one.worst.expected - one.worst.found).abs();
+        if distance.is_nan() { f64::INFINITY } else { distance }
+    };
+    different.sort_by(|a, b| distance(b).total_cmp(&distance(a)));
     let differences = different.iter().map(|one| {
-        let off = match one.worst.steps {
-            Some(steps) => format!("{steps} {} values off", one.dtype),
-            None => "incomparable".to_owned(),
+        let steps = match one.steps {
+            Some(steps) => format!(" (by {steps} ulp at most)"),
+            None => String::new(),
         };
         format!(
-            "`{}`: {} of {} elements differ; the worst is {:?}: {} expected, {} found, {off}",
+            "`{}`: {} of {} elements differ{steps}; the worst is {:?}: {} expected, {} found",
             one.tensor,
             one.different,
             one.elements,
