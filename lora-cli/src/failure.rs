@@ -107,7 +107,7 @@ fn format_hint(error: &FormatError) -> Option<String> {
             "--alpha replaces an alpha that is missing; --scale makes an adapter stronger or weaker"
         }
         FormatError::Unsupported { features, .. }
-            if features.iter().all(|f| f.reason.contains("unknown here")) =>
+            if features.iter().all(|f| f.reason.contains("this field is unknown here")) =>
         {
             "if the field cannot matter for the result, pass it over: --ignore-field NAME"
         }
@@ -210,6 +210,9 @@ fn problem_hint(problem: &PlanProblem) -> Option<String> {
         }
         PlanProblem::Irreversible { .. } => {
             "only the base that it was merged into has what was there: merge into that afresh"
+        }
+        PlanProblem::Conflict { reason, .. } if reason.contains("cannot scale") => {
+            "a weight and --scale act on changes; what an adapter holds in full is taken as it is"
         }
         PlanProblem::Conflict { .. } => {
             "merge one of them alone, and the other into the result, if that order is what you want"

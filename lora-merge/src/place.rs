@@ -9,6 +9,7 @@ use serde_json::{Map, Value};
 use crate::error::PlanProblem;
 use crate::experts;
 use crate::low_rank::Term;
+use crate::names;
 use crate::parameters::Parameters;
 use crate::plan::WeightedAdapter;
 use crate::resolve::{self, Resolution, Wanted};
@@ -75,16 +76,19 @@ pub(crate) fn place(
     for (rename, count) in renames {
         *prefixes.entry(rename).or_default() += count;
     }
+    let fits = !placed.is_empty() || found.iter().any(Option::is_some);
     for ((component, contents), (parameter, wanted)) in rest.iter().zip(found.iter().zip(&wanted)) {
         let place =
             Placed { adapter, component: *component, parameter: *parameter, part: Part::Whole };
         match (parameter, &contents.form) {
             (Some(_), _) => placed.push(place),
-            (None, Form::Replaced(_)) if has_module(&contents.target, parameters) => {
+            (None, Form::Replaced(_)) if may_be_new(&contents.target, fits, parameters) => {
+                placed.push(place);
+            }
+            (None, Form::Replaced(_)) => {
                 let Target { module, parameter } = contents.target.clone();
                 problems.push(PlanProblem::Unresolved { module, parameter, nearest: Vec::new() });
             }
-            (None, Form::Replaced(_)) => placed.push(place),
             // The gain of a bias that the layer does not have.
             (None, Form::Gain(_)) => {}
             (None, _) if wanted.optional => placed.push(place),
@@ -111,8 +115,11 @@ fn wanted<'a>(component: &'a Component, parameters: &Parameters) -> Wanted<'a> {
     Wanted { module, parameter, optional }
 }
 
-/// Whether the base has the module that a parameter belongs to: then it lacks the parameter.
-fn has_module(target: &Target, parameters: &Parameters) -> bool {
+/// Whether the output may gain a parameter that the base lacks: a head that training put beside
+/// the model. Not one of a module that the base has without it, not one of a numbered layer, and
+/// nothing if no other part of the adapter fits the base.
+fn may_be_new(target: &Target, fits: bool, parameters: &Parameters) -> bool {
     let module = format!("{}.", target.module);
-    parameters.under(&module).next().is_some()
+    fits && parameters.under(&module).next().is_none()
+        && !target.module.split('.').any(names::is_number)
 }

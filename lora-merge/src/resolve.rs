@@ -143,44 +143,53 @@ fn refuse_uneven_prefixes(
     resolution.renames.retain(|rename, _| is_wrapper_rename(rename));
 }
 
-/// Resolves modules among `known` ones by the same rules, without messages for those that it does
-/// not find. What is found are places in `known`.
-pub(crate) fn modules(wanted: &[&str], known: &[&str]) -> Resolution {
+/// A module found among others.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct FoundModule {
+    /// Its place among them.
+    pub(crate) index: usize,
+    /// Prefixes that differ, ours and theirs.
+    pub(crate) rename: Option<(String, String)>,
+}
+
+/// Finds modules among `known` ones by the same rules. Names that fit several are a problem; for
+/// those that fit none, the caller knows more to say.
+pub(crate) fn modules(
+    wanted: &[&str],
+    known: &[&str],
+    problems: &mut Vec<PlanProblem>,
+) -> Vec<Option<FoundModule>> {
     let exact: HashMap<&str, usize> =
         known.iter().enumerate().map(|(index, &module)| (module, index)).collect();
     let mut stems: Vec<(&str, usize)> = exact.iter().map(|(&stem, &index)| (stem, index)).collect();
     stems.sort_by(|a, b| compare_reversed(a.0, b.0));
-    let index = SuffixIndex { parameter: String::new(), stems };
-    let mut resolution = Resolution::default();
-    let mut renamed = Vec::with_capacity(wanted.len());
-    for module in wanted {
-        let (found, rename) = match (exact.get(module), index.resolve(module)) {
-            (Some(&exact), _) => (Some(exact), None),
-            (None, Found::One { index, rename }) => (Some(index), Some(rename)),
-            (None, Found::Several(candidates)) => {
-                let names = candidates.iter().map(|name| name.trim_end_matches('.').to_owned());
-                let (module, candidates) = ((*module).to_owned(), names.collect());
-                resolution.problems.push(PlanProblem::Ambiguous { module, candidates });
-                (None, None)
+    let suffixes = SuffixIndex { parameter: String::new(), stems };
+    let mut find = |module: &&str| {
+        if let Some(&index) = exact.get(module) {
+            return Some(FoundModule { index, rename: None });
+        }
+        match suffixes.resolve(module) {
+            Found::One { index, rename } => Some(FoundModule { index, rename: Some(rename) }),
+            Found::None => None,
+            Found::Several(names) => {
+                let candidates = names.iter().map(|name| name.trim_end_matches('.').to_owned());
+                let (module, candidates) = ((*module).to_owned(), candidates.collect());
+                problems.push(PlanProblem::Ambiguous { module, candidates });
+                None
             }
-            (None, Found::None) => (None, None),
-        };
-        if let Some(rename) = &rename {
-            *resolution.renames.entry(rename.clone()).or_default() += 1;
         }
-        resolution.found.push(found);
-        renamed.push(rename);
+    };
+    let found: Vec<Option<FoundModule>> = wanted.iter().map(&mut find).collect();
+    // As in `refuse_uneven_prefixes`.
+    let all = found.iter().flatten().count();
+    let mut modules: BTreeMap<(String, String), usize> = BTreeMap::new();
+    for rename in found.iter().flatten().filter_map(|found| found.rename.clone()) {
+        *modules.entry(rename).or_default() += 1;
     }
-    let found = resolution.found.iter().flatten().count();
-    let fair =
-        |rename: &(String, String), modules: usize| modules == found || is_wrapper_rename(rename);
-    for (slot, rename) in resolution.found.iter_mut().zip(&renamed) {
-        if rename.as_ref().is_some_and(|rename| !fair(rename, resolution.renames[rename])) {
-            *slot = None;
-        }
-    }
-    resolution.renames.retain(|rename, modules| fair(rename, *modules));
-    resolution
+    let even = |found: &FoundModule| {
+        found.rename.as_ref().is_none_or(|it| is_wrapper_rename(it) || modules[it] == all)
+    };
+    found.into_iter().map(|found| found.filter(even)).collect()
 }
 
 fn is_wrapper_rename(rename: &(String, String)) -> bool {

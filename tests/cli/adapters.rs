@@ -106,8 +106,8 @@ fn a_stamped_adapter_knows_its_base() {
     );
     assert_eq!(scratch.names(), before);
     let ran = scratch.cli(&[&arguments[..], &["--allow-different-base"]].concat()).done();
-    let warning = "warning: not the base that stamped.safetensors was trained on (0 of 16 sampled values \
-                   agree); merging all the same, as asked\n";
+    let warning = "warning: not the base that stamped.safetensors was trained on (0 of 16 sampled \
+                   values agree); merging all the same, as asked\n";
     assert!(ran.stderr.contains(warning), "{}", ran.stderr);
 
     // Nor is it given another base by mistake.

@@ -3,12 +3,13 @@
 
 use std::collections::BTreeMap;
 
+use lora_format::Dtype;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
-use crate::support::fixtures;
-use crate::{Ran, Scratch, cli, peft};
+use crate::support::{Factors, Prng, Tensor, fixtures, read_tensors, write_adapter, write_tensors};
+use crate::{Ran, Scratch, cli, feature, peft};
 
 /// `lora-cli/merge/2`, `lora-cli/unmerge/1` and `lora-cli/switch/1`
 #[derive(Debug, Deserialize)]
@@ -126,6 +127,48 @@ struct Realised {
     nonzero: u64,
     changed: u64,
     non_finite: u64,
+}
+
+/// `lora-cli/verify/1`
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Verify {
+    schema: String,
+    merged: String,
+    base: String,
+    agrees: bool,
+    ulp: u64,
+    compared: u64,
+    different: Vec<Difference>,
+    missing: Vec<String>,
+    unexpected: Vec<String>,
+    reshaped: Vec<Reshaped>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Difference {
+    tensor: String,
+    dtype: String,
+    elements: u64,
+    different: u64,
+    worst_index: Vec<u64>,
+    #[serde(deserialize_with = "present")]
+    worst_expected: Option<f64>,
+    #[serde(deserialize_with = "present")]
+    worst_found: Option<f64>,
+    #[serde(deserialize_with = "present")]
+    worst_steps: Option<u64>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Reshaped {
+    tensor: String,
+    expected_dtype: String,
+    expected_shape: Vec<u64>,
+    found_dtype: String,
+    found_shape: Vec<u64>,
 }
 
 /// `lora-cli/inspect-adapter/2`
@@ -354,6 +397,161 @@ fn a_merge_without_a_delta() {
     assert_eq!((realised.projection, realised.noise, realised.nonzero), (None, None, 0));
 }
 
+/// What an adapter brings in full, a head that the output gains, a vocabulary that grows.
+#[test]
+fn a_merge_that_replaces() {
+    let scratch = tempfile::tempdir().unwrap();
+    let (base, adapter) = (feature("bases/llama-bf16"), feature("modules-to-save/adapter"));
+    let ran = cli(scratch.path(), &["merge", &base, &adapter, "-o", "out", "--json"]);
+    let merged: Merge = report(&ran, 0);
+    let head = merged.targets.iter().find(|one| one.parameter == "lm_head.weight").unwrap();
+    assert_eq!((head.source.as_str(), head.base_dtype.as_deref()), ("adapter", Some("BF16")));
+    assert!(head.rounded.unwrap() > 0 && head.requantised.is_none() && head.undone.is_none());
+    let [change] = head.changes.as_slice() else { panic!("{:?}", head.changes) };
+    assert_eq!((change.method.as_str(), change.stored.as_deref()), ("replaced", None));
+    assert_eq!((change.rank, change.scale, change.weight), (None, None, 1.0));
+    assert!(merged.targets.iter().all(|one| one.rounded.is_some() == (one.source == "adapter")));
+    assert!(merged.warnings.iter().any(|text| text.contains("were rounded to the base's dtype")));
+
+    let (base, adapter) = (feature("bases/llama"), feature("vocabulary/adapter"));
+    let ran = cli(scratch.path(), &["merge", &base, &adapter, "-o", "grown", "--json"]);
+    let merged: Merge = report(&ran, 0);
+    assert_eq!((merged.vocabulary, merged.untied), (Some(20), false));
+    assert_eq!(merged.config_changes, ["vocab_size: 16 → 20"]);
+
+    let adapter = feature("modules-to-save-classifier/adapter");
+    let ran = cli(scratch.path(), &["merge", &base, &adapter, "-o", "new", "--json"]);
+    let merged: Merge = report(&ran, 0);
+    let score = merged.targets.iter().find(|one| one.parameter == "score.weight").unwrap();
+    assert_eq!((score.source.as_str(), score.base_dtype.as_deref()), ("adapter", None));
+    assert_eq!(score.shape, [2, 12]);
+}
+
+#[test]
+fn a_merge_into_a_quantised_base() {
+    let scratch = Scratch::new();
+    let base = fixtures().join("quantised/gptq-4/base");
+    let mut prng = Prng::new(4);
+    let module = "model.layers.0.self_attn.q_proj";
+    let factors = Factors::random(&mut prng, module, (72, 32, 2), Dtype::F32, 0.1);
+    write_adapter(&scratch.path("a"), &[factors], &serde_json::json!({}));
+    let base = base.to_str().unwrap();
+    let merged: Merge = report(&scratch.cli(&["merge", base, "a", "-o", "out", "--json"]), 0);
+    let quantised = merged.quantised.unwrap();
+    assert_eq!((quantised.method.as_str(), quantised.weights), ("gptq", 2));
+    assert_eq!((merged.tensors.merged, merged.tensors.converted, merged.tensors.copied), (1, 1, 1));
+    let target = &merged.targets[0];
+    assert_eq!((target.source.as_str(), target.base_dtype.as_deref()), ("quantised", Some("F16")));
+    assert_eq!(target.requantised.as_ref().unwrap().elements, 72 * 32);
+    assert!(target.rounded.is_none() && target.undone.is_none());
+}
+
+/// The members of `merge`, with what was taken out.
+#[test]
+fn an_unmerge_and_a_switch() {
+    let scratch = Scratch::new();
+    scratch.cli(&["merge", "base.safetensors", "lora@0.5", "-o", "m"]).done();
+    let unmerge = ["unmerge", "m", "lora@0.5", "--json"];
+    let unmerged: Merge = report(&scratch.cli(&[&unmerge[..], &["-o", "u"]].concat()), 0);
+    assert_eq!(unmerged.schema, "lora-cli/unmerge/1");
+    assert_eq!((unmerged.status.as_str(), unmerged.base.as_str()), ("unmerged", "m"));
+    let [one] = unmerged.adapters.as_slice() else { panic!("{:?}", unmerged.adapters) };
+    assert_eq!((one.path.as_str(), one.weight, one.identity.as_str()), ("lora", -0.5, "unknown"));
+    let target = &unmerged.targets[0];
+    assert_eq!(target.changes[0].scale, Some(-0.5));
+    let undone = target.undone.as_ref().unwrap();
+    assert_eq!(undone.elements, target.realised.as_ref().unwrap().nonzero);
+    assert_eq!(undone.exact + undone.ambiguous + undone.impossible, undone.elements);
+    assert!(undone.exact > 0 && undone.ambiguous > 0 && undone.impossible == 0, "{undone:?}");
+    let planned: Merge = report(&scratch.cli(&[&unmerge[..], &["--dry-run"]].concat()), 0);
+    assert_eq!(
+        (planned.schema.as_str(), planned.status.as_str()),
+        ("lora-cli/unmerge/1", "planned")
+    );
+    assert!(planned.targets[0].undone.is_none());
+
+    let switch = ["switch", "m", "--from", "lora@0.5", "--to", "lora@2", "--json", "-o", "s"];
+    let switched: Merge = report(&scratch.cli(&switch), 0);
+    assert_eq!(
+        (switched.schema.as_str(), switched.status.as_str()),
+        ("lora-cli/switch/1", "switched")
+    );
+    let weights: Vec<f64> = switched.adapters.iter().map(|one| one.weight).collect();
+    assert_eq!(weights, [-0.5, 2.0]);
+    let adapters: Vec<u64> = switched.targets[0].changes.iter().map(|one| one.adapter).collect();
+    assert_eq!(adapters, [0, 1]);
+    assert_eq!(switched.targets[0].undone.as_ref().unwrap().elements, undone.elements);
+}
+
+#[test]
+fn a_verification() {
+    let scratch = Scratch::new();
+    scratch.cli(&["merge", "base.safetensors", "lora", "-o", "m"]).done();
+    let verify = |merged: &str, code| -> Verify {
+        let arguments = ["verify", merged, "--base", "base.safetensors", "--adapter", "lora"];
+        report(&scratch.cli(&[&arguments[..], &["--json", "--ulp", "1"]].concat()), code)
+    };
+    let agrees = verify("m", 0);
+    assert_eq!(agrees.schema, "lora-cli/verify/1");
+    assert_eq!((agrees.merged.as_str(), agrees.base.as_str()), ("m", "base.safetensors"));
+    assert_eq!((agrees.agrees, agrees.ulp, agrees.compared), (true, 1, 2));
+    assert!(agrees.different.is_empty() && agrees.missing.is_empty());
+    assert!(agrees.unexpected.is_empty() && agrees.reshaped.is_empty());
+
+    let mut tensors: Vec<Tensor> = read_tensors(&scratch.path("m")).into_values().collect();
+    let mut bits = tensors[0].bits();
+    bits[0] = 0x7FC0;
+    tensors[0] = Tensor::of_bits(&tensors[0].name, Dtype::Bf16, &[16, 24], &bits);
+    tensors[1].shape = vec![4, 6];
+    tensors.push(tensors[1].renamed("more"));
+    write_tensors(&scratch.path("other"), &tensors, &[]);
+    let differs = verify("other", 1);
+    assert_eq!((differs.agrees, differs.compared), (false, 1));
+    let [one] = differs.different.as_slice() else { panic!("{:?}", differs.different) };
+    assert_eq!((one.tensor.as_str(), one.dtype.as_str()), ("model.layers.0.q.weight", "BF16"));
+    assert_eq!((one.elements, one.different, one.worst_index.as_slice()), (384, 1, &[0, 0][..]));
+    // JSON has no NaN.
+    assert!(one.worst_expected.is_some() && one.worst_found.is_none() && one.worst_steps.is_none());
+    assert_eq!(differs.unexpected, ["more"]);
+    let [one] = differs.reshaped.as_slice() else { panic!("{:?}", differs.reshaped) };
+    assert_eq!((one.tensor.as_str(), one.expected_dtype.as_str()), ("model.norm.weight", "BF16"));
+    assert_eq!(
+        (one.expected_shape.as_slice(), one.found_shape.as_slice()),
+        (&[24][..], &[4, 6][..])
+    );
+    std::fs::remove_file(scratch.path("other")).unwrap();
+    write_tensors(&scratch.path("other"), &tensors[..1], &[]);
+    assert_eq!(verify("other", 1).missing, ["model.norm.weight"]);
+}
+
+/// What has no rank, alpha or scale has null there, and its tensors.
+#[test]
+fn an_inspected_adapter_of_other_methods() {
+    let shown = |case: &str| -> InspectAdapter {
+        report(&cli(&fixtures(), &["inspect", &feature(case), "--json"]), 0)
+    };
+    let ia3 = shown("ia3/adapter");
+    let [first, ..] = ia3.components.as_slice() else { panic!("{:?}", ia3.components) };
+    assert_eq!(first.method, "IA³");
+    assert!(first.rank.is_none() && first.alpha.is_none() && first.rule.is_none());
+    assert!(first.scale.is_none() && first.in_features.is_none() && first.out_features.is_none());
+    let dora = shown("dora-linear/adapter");
+    let [first, ..] = dora.components.as_slice() else { panic!("{:?}", dora.components) };
+    assert_eq!((first.method.as_str(), first.tensors.len()), ("DoRA", 3));
+    assert_eq!(first.tensors[2].shape, [first.out_features.unwrap()]);
+    let elements = |factor: &Factor| factor.shape.iter().product::<u64>();
+    for component in dora.components.iter().chain(&ia3.components) {
+        assert_eq!(component.parameters, component.tensors.iter().map(elements).sum::<u64>());
+        assert!(component.tensors.iter().all(|factor| factor.dtype == "F32"));
+        assert!(component.tensors.iter().all(|factor| factor.name.contains(&component.module)));
+    }
+    // What is refused is shown as tensors, with the reason.
+    let ran = cli(&fixtures(), &["inspect", &feature("alora/adapter"), "--json"]);
+    let alora: InspectModel = report(&ran, 0);
+    assert_eq!((alora.layout.as_str(), alora.tensors.len()), ("adapter", 4));
+    assert!(alora.notes.iter().any(|note| note.contains("invocation tokens")), "{:?}", alora.notes);
+}
+
 #[test]
 fn an_inspected_adapter() {
     let ran = cli(&fixtures(), &["inspect", "peft/llama-patterns/adapter", "--json"]);
@@ -452,6 +650,9 @@ fn an_error() {
         &["inspect", "nowhere", "--json"],
         &["convert", "base.safetensors", "--to", "peft", "-o", "x", "--json"],
         &["stamp", "lora", "--base", "nowhere", "-o", "x", "--json"],
+        &["unmerge", "nowhere", "lora", "--json"],
+        &["switch", "base.safetensors", "--from", "nowhere", "--to", "lora", "--json"],
+        &["verify", "nowhere", "--base", "base.safetensors", "--adapter", "lora", "--json"],
     ] {
         let ran = scratch.cli(arguments);
         let error: Error = report(&ran, 2);

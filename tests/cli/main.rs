@@ -12,9 +12,14 @@ mod json;
 mod merge;
 mod outputs;
 mod process;
+mod quantised;
 mod refusals;
+mod several;
 #[path = "../merge/support.rs"]
 mod support;
+mod tied;
+mod undo;
+mod verify;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -73,6 +78,19 @@ fn text(path: &Path) -> &str {
 /// A path among the adapters that PEFT made.
 fn peft(path: &str) -> String {
     text(&fixtures().join("peft").join(path)).to_owned()
+}
+
+/// The cases that show one feature each.
+fn features() -> PathBuf {
+    fixtures().join("features")
+}
+
+fn feature_path(path: &str) -> PathBuf {
+    features().join(path)
+}
+
+fn feature(path: &str) -> String {
+    text(&feature_path(path)).to_owned()
 }
 
 /// A scratch directory with `base.safetensors` and the PEFT directory `lora`.

@@ -59,7 +59,7 @@ const ADAPTERS: [(&str, &str); 35] = [
      "error: @/adapter_config.json: `peft_type` must be a string, found nothing"),
     ("config-peft-type-unknown",
      "error: @/adapter_config.json: the adapter uses what this version does not implement: \
-      peft_type LORAX: only LORA is implemented so far"),
+      peft_type LORAX: this method is unknown here"),
     ("config-r-fraction",
      "error: @/adapter_config.json: `r` must be a positive integer, found 2.5"),
     ("config-r-negative",
@@ -194,7 +194,9 @@ fn malformed_adapters() {
         let (ran, _) = merge("base", &format!("adapter/{name}"), &["--json"]);
         assert_eq!(ran.code, Some(0), "{name}: {}", ran.stderr);
         let report: serde_json::Value = serde_json::from_str(&ran.stdout).unwrap();
-        assert_eq!(report["targets"][0]["alpha"], alpha, "{name}");
+        let change = &report["targets"][0]["changes"][0];
+        let rank = change["rank"].as_f64().unwrap();
+        assert_eq!(change["scale"], alpha / rank, "{name}");
     }
     assert_eq!(entries("adapter"), ADAPTERS.len() + MERGED.len(), "an adapter without a message");
 }

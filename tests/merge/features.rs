@@ -310,3 +310,30 @@ fn the_table_in_the_docs_is_right() {
         assert_eq!(listed.get(&name(&case)), Some(&merged), "{}", name(&case));
     }
 }
+
+/// Factors that are valid only on the base that their initialisation left behind merge into that
+/// one, on the user's word.
+#[test]
+fn a_residual_base_is_merged_into_when_it_is_named() {
+    for (raw, residual) in [("pissa-raw", "pissa-residual"), ("olora-raw", "olora-residual")] {
+        let directory = |name: &str| fixtures().join("features").join(name);
+        let case = directory(residual);
+        let description = read_json(&case.join("case.json"));
+        let base = case.join(description["base"].as_str().unwrap());
+        let adapter = directory(raw).join("adapter");
+        let options = MergeOptions { dtype: Some(Dtype::F32), ..MergeOptions::default() };
+        let read = ReadOptions { residual_base: true, ..ReadOptions::default() };
+        let plan = |read: &ReadOptions| {
+            let adapter = lora_format::read(&adapter, read).map_err(|error| error.to_string())?;
+            let base = Checkpoint::open(&base).unwrap();
+            MergePlan::new(base, vec![adapter.into()], &options).map_err(|error| error.to_string())
+        };
+        assert!(plan(&ReadOptions::default()).unwrap_err().contains("--residual-base"));
+        let plan = plan(&read).unwrap();
+        let scratch = tempfile::tempdir().unwrap();
+        let out = scratch.path().join("out");
+        let report = write(&plan, TokenizerSource::Auto, &out, &RunOptions::default()).unwrap();
+        let made = (report, read_model(&out), None);
+        compare(&case, &description, None, &made).unwrap_or_else(|wrong| panic!("{raw}: {wrong}"));
+    }
+}

@@ -10,6 +10,7 @@
 mod assets;
 mod bytes;
 mod dequantised;
+mod experts;
 mod features;
 mod fixtures;
 mod identity;

@@ -6,7 +6,8 @@ use lora_merge::engine::RunOptions;
 
 use crate::Case;
 use crate::support::{
-    Factors, Prng, Tensor, copy_directory, fixtures, listing, read_tensors, write_tensors,
+    Factors, Prng, Tensor, copy_directory, fixtures, listing, read_model, read_tensors,
+    write_tensors,
 };
 
 /// A copy of a fixture in a scratch directory.
@@ -121,5 +122,33 @@ fn a_failure_while_writing_leaves_nothing() {
             assert!(error.to_string().contains("tensor `z`"), "{error}");
             assert_eq!(listing(case.directory.path()), before);
         }
+    }
+}
+
+/// A module saved in full that the base lacks is new only beside changes that fit the base, and
+/// never inside a layer: otherwise the base is another one.
+#[test]
+fn what_is_saved_in_full_does_not_make_up_for_a_wrong_base() {
+    let features = fixtures().join("features");
+    let other = features.join("bases/gpt-oss");
+    for (case, named) in [
+        ("ln-tuning", "`model.layers.0.input_layernorm`"),
+        ("modules-to-save-classifier", "`model.layers.0.mlp.down_proj`"),
+    ] {
+        let adapter = features.join(case).join("adapter");
+        // Of a base with other names, not even the modules of the same name are enough.
+        let renamed = tempfile::tempdir().unwrap();
+        let tensors: Vec<Tensor> = read_model(&other)
+            .into_values()
+            .map(|tensor| {
+                let name = tensor.name.replace("layers", "blocks").replace("norm", "scale");
+                tensor.renamed(&name)
+            })
+            .collect();
+        let base = renamed.path().join("base.safetensors");
+        write_tensors(&base, &tensors, &[("format", "pt")]);
+        let error = crate::plan(&base, &adapter, &MergeOptions::default()).unwrap_err();
+        let text = error.to_string();
+        assert!(text.contains(named) && text.contains("no such parameter"), "{case}: {text}");
     }
 }

@@ -9,7 +9,7 @@ use lora_format::codec::peft;
 use lora_format::container::safetensors::SafetensorsFile;
 use lora_format::model::{Adapter, AdapterFormat, Form, LowRank};
 use lora_format::native::{self, DigestVerdict};
-use lora_format::{DetectProblem, Error};
+use lora_format::{DetectProblem, Error, Tensor};
 use lora_merge::Bytes;
 use lora_merge::names::numberless;
 use serde::Serialize;
@@ -125,10 +125,8 @@ struct DigestReport {
 
 fn inspect_adapter(arguments: &Arguments, adapter: &Adapter) -> Result<Outcome, Failure> {
     let mut components = Vec::with_capacity(adapter.components.len());
-    let mut bytes = 0;
     for component in &adapter.components {
         let tensors = component.form.tensors();
-        bytes += tensors.iter().map(|tensor| tensor.bytes().len() as u64).sum::<u64>();
         let low_rank = match &component.form {
             Form::LowRank(factors) => Some(factors),
             _ => None,
@@ -164,6 +162,9 @@ fn inspect_adapter(arguments: &Arguments, adapter: &Adapter) -> Result<Outcome, 
         }
         false => None,
     };
+    // Some methods share tensors among all layers.
+    let stored: BTreeMap<&str, &Tensor> =
+        adapter.tensors().map(|tensor| (tensor.name.as_str(), tensor)).collect();
     let damaged = digest.as_ref().is_some_and(|digest| !digest.intact);
     let report = AdapterReport {
         schema: "lora-cli/inspect-adapter/2",
@@ -174,8 +175,8 @@ fn inspect_adapter(arguments: &Arguments, adapter: &Adapter) -> Result<Outcome, 
         base_revision: adapter.base.revision.as_deref(),
         base_fingerprint: adapter.base.fingerprint.is_some(),
         fan_in_fan_out: adapter.fan_in_fan_out,
-        parameters: components.iter().map(|component| component.parameters).sum(),
-        bytes,
+        parameters: stored.values().map(|tensor| tensor.elements() as u64).sum(),
+        bytes: stored.values().map(|tensor| tensor.bytes().len() as u64).sum(),
         components,
         metadata: adapter.metadata.iter().map(|(k, v)| (k.as_str(), v.as_str())).collect(),
         source: adapter.source.as_ref().map(|source| &source.config),

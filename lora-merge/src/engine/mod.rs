@@ -259,8 +259,7 @@ struct Engine<'a> {
 struct SlabState {
     prepared: Mutex<Option<Arc<Prepared>>>,
     remaining: AtomicUsize,
-    /// Each tile's statistics by its first element, so that they are summed in one order.
-    stats: Mutex<BTreeMap<u64, TileReport>>,
+    stats: Mutex<Sums>,
 }
 
 impl SlabState {
@@ -268,12 +267,32 @@ impl SlabState {
         SlabState {
             prepared: Mutex::new(None),
             remaining: AtomicUsize::new(tiles),
-            stats: Mutex::new(BTreeMap::new()),
+            stats: Mutex::new(Sums::default()),
         }
     }
 }
 
-/// What one tile did.
+/// The statistics of a matrix, summed in the order of its tiles whichever is done first.
+#[derive(Default)]
+struct Sums {
+    total: TileReport,
+    /// Tiles that are in the total.
+    summed: usize,
+    /// Those that wait for an earlier one: at most one for every other worker.
+    waiting: BTreeMap<usize, TileReport>,
+}
+
+impl Sums {
+    fn add(&mut self, number: usize, report: TileReport) {
+        self.waiting.insert(number, report);
+        while let Some(next) = self.waiting.remove(&self.summed) {
+            self.total.add(&next);
+            self.summed += 1;
+        }
+    }
+}
+
+/// What one tile did, or several.
 #[derive(Clone, Copy, Default)]
 struct TileReport {
     stats: TileStats,
@@ -283,6 +302,15 @@ struct TileReport {
     requantised: TileStats,
     /// How well what was taken out can be told from rounding.
     undone: Recovered,
+}
+
+impl TileReport {
+    fn add(&mut self, other: &TileReport) {
+        self.stats.merge(&other.stats);
+        self.rounded += other.rounded;
+        self.requantised.merge(&other.requantised);
+        self.undone.add(&other.undone);
+    }
 }
 
 /// The changes of one matrix, ready to be applied to any tile of it.
@@ -351,8 +379,9 @@ impl Engine<'_> {
         let elements = item.first as usize..(item.first + item.elements) as usize;
         buffers.output.resize(item.bytes as usize, 0);
         let overflowed = match item.kind {
-            WorkKind::Merge { target, slab, region } => {
-                self.merge(target, slab, region, &values, elements.clone(), item, buffers)?
+            WorkKind::Merge { target, slab, region, number } => {
+                let at = (slab, region, number);
+                self.merge(target, at, &values, elements.clone(), item, buffers)?
             }
             _ => {
                 let base = values.read(elements.clone(), &mut buffers.scratch);
@@ -376,8 +405,7 @@ impl Engine<'_> {
     fn merge(
         &self,
         target: usize,
-        slab: usize,
-        region: TileRegion,
+        (slab, region, number): (usize, TileRegion, usize),
         values: &Values<'_>,
         elements: Range<usize>,
         item: &Work,
@@ -445,8 +473,7 @@ impl Engine<'_> {
         {
             report.requantised = requantise(values, elements.start, buffers, to);
         }
-        let first = region.row as u64 * planned.matrix().1 as u64 + region.col as u64;
-        lock(&state.stats).insert(first, report);
+        lock(&state.stats).add(number, report);
         if state.remaining.fetch_sub(1, Ordering::AcqRel) == 1 {
             *lock(&state.prepared) = None;
             if slab + 1 == planned.slabs.len() {
@@ -572,12 +599,7 @@ impl Engine<'_> {
         for (index, planned) in self.plan.targets.iter().enumerate() {
             let mut total = TileReport::default();
             for state in &self.states[self.firsts[index]..][..planned.slabs.len()] {
-                for tile in lock(&state.stats).values() {
-                    total.stats.merge(&tile.stats);
-                    total.requantised.merge(&tile.requantised);
-                    total.rounded += tile.rounded;
-                    total.undone.add(&tile.undone);
-                }
+                total.add(&lock(&state.stats).total);
             }
             let own = Realised::from(total.stats);
             realised.add(&own);

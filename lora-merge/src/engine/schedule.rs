@@ -36,7 +36,8 @@ pub(super) enum WorkKind {
     /// Values in another dtype.
     Convert,
     /// A tile of one of a target's matrices.
-    Merge { target: usize, slab: usize, region: TileRegion },
+    /// `number` counts the tiles of a matrix in order.
+    Merge { target: usize, slab: usize, region: TileRegion, number: usize },
 }
 
 /// All work, in file order.
@@ -150,7 +151,7 @@ fn split_target(
             true => cols,
             false => (per_tile / PANEL).max(1) * PANEL,
         };
-        let mut row = 0;
+        let (mut row, mut number) = (0, 0);
         while row < rows {
             let height = tile_rows.min(rows - row);
             let mut col = 0;
@@ -159,7 +160,8 @@ fn split_target(
                 let region = TileRegion { row, rows: height, col, cols: width };
                 let first = ((slab * rows + row) * cols + col) as u64;
                 let elements = (height * width) as u64;
-                let kind = WorkKind::Merge { target, slab, region };
+                let kind = WorkKind::Merge { target, slab, region, number };
+                number += 1;
                 work.push(part(piece, first, elements, kind));
                 col += width;
             }

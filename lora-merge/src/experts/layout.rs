@@ -211,15 +211,10 @@ impl Stacked {
 }
 
 impl Pair {
-    /// That of every `step`-th row of the matrix from `start` on, `count` of them.
-    pub(super) fn some_rows(self, start: usize, step: usize, count: usize) -> Pair {
+    /// That of `count` rows of the matrix from `start` on.
+    pub(super) fn some_rows(self, start: usize, count: usize) -> Pair {
         let View { offset, row_stride, .. } = self.rows;
-        let rows = View {
-            offset: offset + start * row_stride,
-            rows: count,
-            row_stride: row_stride * step,
-            ..self.rows
-        };
+        let rows = View { offset: offset + start * row_stride, rows: count, ..self.rows };
         Pair { rows, ..self }
     }
 

@@ -9,12 +9,12 @@
 //! A stack is one parameter E × out × in (`experts.gate_up_proj` of Mixtral, Qwen-MoE and most
 //! others in transformers 5) or E × in × out (gpt-oss, Llama 4, Aria); adapters of stacks are what
 //! PEFT calls `target_parameters`. Everything comes down to [`Term`]s: which elements of the
-//! factors are whose ([`layout`]), what the base calls a matrix ([`names`]) and where it has it
-//! ([`base`]).
+//! factors are whose (`layout`), what the base calls a matrix (`names`) and where it has it
+//! (`base`).
 //!
 //! What the shapes of base and adapter decide, they decide. What they leave open is decided by
 //! [`Layout`] if the user gave one, by what the adapter's configuration tells for certain
-//! ([`evidence`]) otherwise, and not at all where it tells nothing: then the adapter is refused.
+//! (`evidence`) otherwise, and not at all where it tells nothing: then the adapter is refused.
 
 mod base;
 mod evidence;
@@ -34,7 +34,7 @@ use crate::error::PlanProblem;
 use crate::low_rank::{Factor, Stride, Term};
 use crate::parameters::Parameters;
 use crate::place::{Part, Placed};
-use crate::resolve::{self, Resolution, Wanted};
+use crate::resolve::{self, FoundModule, Resolution, Wanted};
 use base::{Base, Block, Model};
 use layout::Pair;
 use names::OfExpert;
@@ -86,7 +86,7 @@ pub(crate) fn place(
             parameters,
             model: Model::new(config),
             layout,
-            blocks: blocks(containers, &base, &mut found, problems),
+            blocks: blocks(containers, &base, problems),
             base: &base,
         };
         stacked::place(&context, &stacked, &mut found, problems);
@@ -107,12 +107,20 @@ struct Context<'a> {
     layout: Option<Layout>,
     base: &'a Base,
     /// The base's block of every module that has experts, by the adapter's name for it.
-    blocks: HashMap<String, usize>,
+    blocks: HashMap<String, FoundModule>,
 }
 
 impl Context<'_> {
     fn block(&self, container: &str) -> Option<&Block> {
-        self.blocks.get(container).map(|&block| &self.base.blocks[block])
+        self.blocks.get(container).map(|block| &self.base.blocks[block.index])
+    }
+
+    /// Notes that something was found in the block of this module.
+    fn count(&self, container: &str, found: &mut Found) {
+        let rename = self.blocks.get(container).and_then(|block| block.rename.clone());
+        if let Some(rename) = rename {
+            *found.renames.entry(rename).or_default() += 1;
+        }
     }
 }
 
@@ -120,17 +128,14 @@ impl Context<'_> {
 fn blocks<'a>(
     containers: impl Iterator<Item = &'a str>,
     base: &Base,
-    found: &mut Found,
     problems: &mut Vec<PlanProblem>,
-) -> HashMap<String, usize> {
+) -> HashMap<String, FoundModule> {
     let ours: Vec<&str> = containers.collect::<BTreeSet<_>>().into_iter().collect();
     let canonical: Vec<String> = ours.iter().map(|container| names::canonical(container)).collect();
     let wanted: Vec<&str> = canonical.iter().map(String::as_str).collect();
     let known: Vec<&str> = base.containers.iter().map(String::as_str).collect();
-    let resolution = resolve::modules(&wanted, &known);
-    problems.extend(resolution.problems);
-    found.renames.extend(resolution.renames);
-    let pairs = ours.into_iter().zip(resolution.found);
+    let found = resolve::modules(&wanted, &known, problems);
+    let pairs = ours.into_iter().zip(found);
     pairs.filter_map(|(ours, block)| Some((ours.to_owned(), block?))).collect()
 }
 

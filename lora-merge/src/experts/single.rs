@@ -29,6 +29,7 @@ pub(super) fn place(
             Ok(Some((parameter, part))) => {
                 let (adapter, parameter) = (context.adapter, Some(parameter));
                 found.placed.push(Placed { adapter, component, parameter, part });
+                context.count(expert.container, found);
             }
             Ok(None) => continue,
             Err(problem) => {

@@ -123,31 +123,28 @@ pub(super) fn place(
         let kind = (numberless(module.name), module.factors.len());
         kinds.entry(kind).or_default().push(module);
     }
-    let evidence = Evidence::of(context.contents);
     for ((kind, _), modules) in kinds {
-        let reading = match reading(&modules) {
-            Ok(readings) => settle(context, &kind, &modules, readings, evidence, found),
-            Err(unfit) => {
-                problems.extend(unfit);
-                continue;
-            }
-        };
-        let reading = match reading {
-            Ok(reading) => reading,
-            Err(problem) => {
-                problems.push(problem);
-                continue;
-            }
-        };
-        match packings(context, &kind, &modules, &reading, evidence, found) {
-            Ok(packings) => {
-                for module in &modules {
-                    place_module(context, module, &reading, &packings, found);
-                }
-            }
-            Err(problem) => problems.push(problem),
+        if let Err(unfit) = place_kind(context, &kind, &modules, found) {
+            problems.extend(unfit);
         }
     }
+}
+
+fn place_kind(
+    context: &Context<'_>,
+    kind: &str,
+    modules: &[Module<'_>],
+    found: &mut Found,
+) -> Result<(), Vec<PlanProblem>> {
+    let evidence = Evidence::of(context.contents);
+    let only = |problem| vec![problem];
+    let readings = readings(modules)?;
+    let reading = settle(context, kind, modules, readings, evidence, found).map_err(only)?;
+    let packings = packings(context, kind, modules, &reading, evidence, found).map_err(only)?;
+    for module in modules {
+        place_module(context, module, &reading, &packings, found);
+    }
+    Ok(())
 }
 
 /// The modules with what the base has of their parameters. One of which it has nothing is a
@@ -191,7 +188,12 @@ fn modules<'a>(
                 None => elsewhere(context, name, one.parameter),
             };
             match home {
-                Ok(Some(home)) => drop(module.homes.insert(one.parameter, home)),
+                Ok(Some(home)) => {
+                    module.homes.insert(one.parameter, home);
+                    if index.is_none() {
+                        context.count(name, found);
+                    }
+                }
                 Ok(None) => missing = missing.or(Some(one)),
                 Err(trouble) => module.troubles.push(trouble),
             }
@@ -329,11 +331,12 @@ fn sorted(
 /// More parameters of one module than this are no module of experts.
 const MOST: usize = 8;
 
-/// The readings that fit all modules of a kind.
+/// The readings that fit all modules of a kind. If there are several, one in the order of
+/// registration goes before those that are not.
 ///
 /// # Errors
 /// Every module that none fits.
-fn reading<'a>(modules: &[Module<'a>]) -> Result<Vec<Reading<'a>>, Vec<PlanProblem>> {
+fn readings<'a>(modules: &[Module<'a>]) -> Result<Vec<Reading<'a>>, Vec<PlanProblem>> {
     let mut readings: Option<Vec<Reading<'a>>> = None;
     let mut unfit = Vec::new();
     for module in modules {
@@ -353,10 +356,15 @@ fn reading<'a>(modules: &[Module<'a>]) -> Result<Vec<Reading<'a>>, Vec<PlanProbl
             readings = Some(own);
         }
     }
-    match (readings, unfit.is_empty()) {
-        (Some(readings), true) => Ok(readings),
-        _ => Err(unfit),
+    let mut readings = match (readings, unfit.is_empty()) {
+        (Some(readings), true) => readings,
+        _ => return Err(unfit),
+    };
+    let ordered = |reading: &Reading<'a>| names::in_order(reading.parameters.iter().copied());
+    if readings.len() > 1 && readings.iter().any(ordered) {
+        readings.retain(ordered);
     }
+    Ok(readings)
 }
 
 impl<'a> Module<'a> {
@@ -369,8 +377,7 @@ impl<'a> Module<'a> {
         self.homes.get(parameter)?.fit(form, candidate, side)
     }
 
-    /// Every way to give each pair of factors a parameter of its own that it fits. If there are
-    /// several, one in the order of registration goes before those that are not.
+    /// Every way to give each pair of factors a parameter of its own that it fits.
     fn readings(&self) -> Vec<Reading<'a>> {
         let mut readings = Vec::new();
         if self.factors.len().max(self.homes.len()) > MOST {
@@ -396,13 +403,9 @@ impl<'a> Module<'a> {
             readings.extend(partial.into_iter().map(|parameters| Reading { parameters, side }));
         }
         // Of single matrices both sides are the same.
-        if self.homes.values().all(Home::is_one) {
-            readings.retain(|reading| reading.side == Side::Last);
-        }
-        let ordered = |reading: &Reading<'a>| names::in_order(reading.parameters.iter().copied());
-        if readings.len() > 1 && readings.iter().any(ordered) {
-            readings.retain(ordered);
-        }
+        let is_one = |parameter: &&str| self.homes.get(*parameter).is_some_and(Home::is_one);
+        readings
+            .retain(|reading| reading.side == Side::Last || !reading.parameters.iter().all(is_one));
         readings
     }
 
@@ -461,8 +464,8 @@ fn settle<'a>(
             }
             (None, Some(Told { what, by })) => (what, Some(by)),
             (None, None) => {
-                let open = "the matrices are square, and the files do not say whether A has the \
-                            experts' inputs or their outputs";
+                let open = "the shapes fit A with the experts' inputs as well as with their \
+                            outputs, and the files do not say which it has";
                 return Err(refusal(kind, open));
             }
         };
@@ -574,7 +577,7 @@ fn place_module(
         for (number, piece) in home.pieces.iter().enumerate() {
             let terms = (0..home.experts).map(|expert| {
                 let pair = stacked.expert(expert, packing, side);
-                let pair = pair.some_rows(piece.start, 1, piece.count);
+                let pair = pair.some_rows(piece.start, piece.count);
                 let again = (number > 0).then_some(pair.cols.factor);
                 let lie = Lie { rows: piece.rows, transposed: piece.transposed, again };
                 pair.term((context.adapter, component), scale, lie)

@@ -136,7 +136,7 @@ const COMMON_FIELDS: [&str; 14] = [
     "target_modules",
     "task_type",
 ];
-const LORA_FIELDS: [&str; 22] = [
+const LORA_FIELDS: [&str; 24] = [
     "alpha_pattern",
     "bias",
     "corda_config",
@@ -144,6 +144,8 @@ const LORA_FIELDS: [&str; 22] = [
     "eva_config",
     "init_lora_weights",
     "loftq_config",
+    // How unsloth packs the factors of fused experts: what reads it knows the base.
+    "lora_B_layout",
     "lora_alpha",
     "lora_bias",
     "lora_dropout",
@@ -155,6 +157,7 @@ const LORA_FIELDS: [&str; 22] = [
     "rank_pattern",
     "target_parameters",
     "trainable_token_indices",
+    "unsloth_fused_expert_lora",
     "use_bdlora",
     "use_dora",
     "use_rslora",

@@ -1,0 +1,226 @@
+//! `verify`: is a model what a merge makes?
+
+use std::path::Path;
+
+use lora_format::Dtype;
+use serde_json::Value;
+
+use crate::support::{Tensor, read_tensors, write_tensors};
+use crate::{Ran, Scratch, feature};
+
+const WEIGHT: &str = "model.layers.0.q.weight";
+
+/// A merged model with its tensors changed by `change`.
+fn tampered(scratch: &Scratch, name: &str, change: impl Fn(&mut Vec<Tensor>)) {
+    if !scratch.path("m").exists() {
+        scratch.cli(&["merge", "base.safetensors", "lora", "-o", "m"]).done();
+    }
+    let mut tensors: Vec<Tensor> = read_tensors(&scratch.path("m")).into_values().collect();
+    change(&mut tensors);
+    write_tensors(&scratch.path(name), &tensors, &[]);
+}
+
+/// Another value for one element of the target, by its bits.
+fn with_element(tensors: &mut [Tensor], index: usize, change: impl Fn(u32) -> u32) {
+    let tensor = tensors.iter_mut().find(|tensor| tensor.name == WEIGHT).unwrap();
+    let mut bits = tensor.bits();
+    bits[index] = change(bits[index]);
+    *tensor = Tensor::of_bits(WEIGHT, tensor.dtype, &tensor.shape, &bits);
+}
+
+fn verify(scratch: &Scratch, merged: &str, more: &[&str]) -> Ran {
+    let arguments = ["verify", merged, "--base", "base.safetensors", "--adapter", "lora"];
+    scratch.cli(&[&arguments[..], more].concat())
+}
+
+/// The output of a run that agrees (0) or does not (1).
+fn said(ran: &Ran, code: i32) -> &str {
+    assert_eq!((ran.code, ran.stderr.as_str()), (Some(code), ""), "{}", ran.stdout);
+    &ran.stdout
+}
+
+#[test]
+fn a_merge_agrees_with_itself() {
+    let scratch = Scratch::with_directory();
+    scratch.cli(&["merge", "base.safetensors", "lora", "-o", "m"]).done();
+    let before = crate::support::listing(scratch.root());
+    let ran = verify(&scratch, "m", &[]);
+    let agrees = "agrees: 2 of 2 tensors are bit for bit what the merge makes\n";
+    assert_eq!(said(&ran, 0), agrees);
+    assert_eq!(crate::support::listing(scratch.root()), before, "something was written");
+    // The dtype that the model has is the one that it was converted to.
+    for dtype in ["f32", "f16"] {
+        scratch.cli(&["merge", "base", "lora", "--dtype", dtype, "-o", dtype]).done();
+        assert_eq!(said(&verify(&scratch, dtype, &[]), 0), agrees);
+    }
+    // Nor does it matter how the tensors are spread over files.
+    scratch.cli(&["merge", "base", "lora", "--max-shard-size", "100B", "-o", "shards"]).done();
+    assert!(scratch.path("shards/model.safetensors.index.json").is_file());
+    assert_eq!(said(&verify(&scratch, "shards", &[]), 0), agrees);
+}
+
+#[test]
+fn several_adapters_with_weights_and_the_choice_of_tied_tensors() {
+    let scratch = Scratch::new();
+    let base = feature("bases/llama");
+    let adapters = [
+        format!("{}@0.7", feature("two-lora/adapter-a")),
+        format!("{}@0.3", feature("two-lora/adapter-b")),
+    ];
+    let [a, b] = adapters.each_ref().map(String::as_str);
+    scratch.cli(&["merge", &base, a, b, "-o", "m"]).done();
+    let ran = scratch.cli(&["verify", "m", "--base", &base, "--adapter", a, b]);
+    assert_eq!(said(&ran, 0), "agrees: 12 of 12 tensors are bit for bit what the merge makes\n");
+    let ran = scratch.cli(&["verify", "m", "--base", &base, "--adapter", a]);
+    let text = said(&ran, 1);
+    assert!(text.ends_with("DIFFERS: 10 of 12 tensors are bit for bit what the merge makes\n"));
+
+    let (base, adapter) = (feature("bases/llama-tied"), feature("tied-embedding/adapter"));
+    scratch.cli(&["merge", &base, &adapter, "--tied", "untie", "-o", "t"]).done();
+    let tied = |choice| {
+        let arguments = ["verify", "t", "--base", &base, "--adapter", &adapter, "--tied", choice];
+        scratch.cli(&arguments)
+    };
+    said(&tied("untie"), 0);
+    let ran = tied("both");
+    assert!(said(&ran, 1).contains("`lm_head.weight`: not made by the merge\n"), "{}", ran.stdout);
+}
+
+#[test]
+fn one_element_is_found_and_named() {
+    let scratch = Scratch::new();
+    tampered(&scratch, "one", |tensors| with_element(tensors, 3 * 24 + 5, |bits| bits + 1));
+    let value = |name: &str| read_tensors(&scratch.path(name))[WEIGHT].values()[3 * 24 + 5];
+    let line = format!(
+        "`{WEIGHT}`: 1 of 384 elements differ; the worst is [3, 5]: {} expected, {} found, 1 BF16 \
+         values off\n",
+        value("m"),
+        value("one"),
+    );
+    let differs = "DIFFERS: 1 of 2 tensors are bit for bit what the merge makes\n";
+    assert_eq!(said(&verify(&scratch, "one", &[]), 1), format!("{line}{differs}"));
+    // Other programs' rounding may be allowed for, and is said all the same.
+    let within = "agrees: 1 of 2 tensors are bit for bit what the merge makes, the others within \
+                  1 values of their dtype\n";
+    assert_eq!(said(&verify(&scratch, "one", &["--ulp", "1"]), 0), format!("{line}{within}"));
+
+    // Of several, the one that is furthest off.
+    tampered(&scratch, "two", |tensors| {
+        with_element(tensors, 7, |bits| bits + 2);
+        with_element(tensors, 24, |bits| bits - 3);
+        with_element(tensors, 25, |bits| bits + 3);
+    });
+    let text = verify(&scratch, "two", &["--ulp", "2"]);
+    let text = said(&text, 1);
+    let start = format!("`{WEIGHT}`: 3 of 384 elements differ; the worst is [1, 0]: ");
+    assert!(text.starts_with(&start) && text.contains(", 3 BF16 values off\n"), "{text}");
+    assert_eq!(said(&verify(&scratch, "two", &["--ulp", "3"]), 0).lines().count(), 2);
+
+    // NaN is no number of values away from anything.
+    tampered(&scratch, "nan", |tensors| with_element(tensors, 0, |_| 0x7FC0));
+    let ran = verify(&scratch, "nan", &["--ulp", "100000"]);
+    assert!(said(&ran, 1).contains(" expected, NaN found, incomparable\n"), "{}", ran.stdout);
+}
+
+/// What the adapter does not touch must be the base's.
+#[test]
+fn tensors_without_a_change_are_compared_too() {
+    let scratch = Scratch::new();
+    tampered(&scratch, "norm", |tensors| {
+        let norm = tensors.iter_mut().find(|tensor| tensor.name == "model.norm.weight").unwrap();
+        norm.data[23 * 2] ^= 1;
+    });
+    let ran = verify(&scratch, "norm", &[]);
+    let text = said(&ran, 1);
+    let start = "`model.norm.weight`: 1 of 24 elements differ; the worst is [23]: ";
+    assert!(text.starts_with(start), "{text}");
+}
+
+#[test]
+fn tensors_that_are_missing_or_not_the_merges() {
+    let scratch = Scratch::new();
+    tampered(&scratch, "fewer", |tensors| tensors.retain(|tensor| tensor.name == WEIGHT));
+    assert_eq!(
+        said(&verify(&scratch, "fewer", &[]), 1),
+        "`model.norm.weight`: missing\n\
+         DIFFERS: 1 of 1 tensors are bit for bit what the merge makes\n"
+    );
+    tampered(&scratch, "more", |tensors| tensors.push(tensors[1].renamed("lm_head.weight")));
+    assert_eq!(
+        said(&verify(&scratch, "more", &["--ulp", "9"]), 1),
+        "`lm_head.weight`: not made by the merge\n\
+         DIFFERS: 2 of 2 tensors are bit for bit what the merge makes\n"
+    );
+    tampered(&scratch, "shape", |tensors| tensors[0].shape = vec![24, 16]);
+    assert_eq!(
+        said(&verify(&scratch, "shape", &[]), 1),
+        format!(
+            "`{WEIGHT}`: BF16 [16, 24] expected, BF16 [24, 16] found\n\
+             DIFFERS: 1 of 1 tensors are bit for bit what the merge makes\n"
+        )
+    );
+    tampered(&scratch, "dtype", |tensors| {
+        tensors[0] = Tensor::new(WEIGHT, Dtype::F32, &[16, 24], &tensors[0].values());
+    });
+    assert_eq!(
+        said(&verify(&scratch, "dtype", &[]), 1),
+        format!(
+            "`{WEIGHT}`: BF16 [16, 24] expected, F32 [16, 24] found\n\
+             DIFFERS: 1 of 1 tensors are bit for bit what the merge makes\n"
+        )
+    );
+}
+
+#[test]
+fn the_report() {
+    let scratch = Scratch::new();
+    tampered(&scratch, "all", |tensors| {
+        with_element(tensors, 30, |bits| bits + 1);
+        tensors.retain(|tensor| tensor.name == WEIGHT);
+        tensors.push(Tensor::zeros("x", Dtype::I32, &[2]));
+    });
+    let ran = verify(&scratch, "all", &["--json", "--ulp", "1"]);
+    let report: Value = serde_json::from_str(said(&ran, 1)).unwrap();
+    let values = |name: &str| read_tensors(&scratch.path(name))[WEIGHT].values()[30];
+    assert_eq!(
+        report,
+        serde_json::json!({
+            "schema": "lora-cli/verify/1",
+            "merged": "all",
+            "base": "base.safetensors",
+            "agrees": false,
+            "ulp": 1,
+            "compared": 1,
+            "different": [{
+                "tensor": WEIGHT,
+                "dtype": "BF16",
+                "elements": 384,
+                "different": 1,
+                "worst_index": [1, 6],
+                "worst_expected": values("m"),
+                "worst_found": values("all"),
+                "worst_steps": 1,
+            }],
+            "missing": ["model.norm.weight"],
+            "unexpected": ["x"],
+            "reshaped": [],
+        })
+    );
+    let ran = verify(&scratch, "m", &["--json"]);
+    let report: Value = serde_json::from_str(said(&ran, 0)).unwrap();
+    assert_eq!(report["agrees"], true);
+}
+
+/// What cannot be merged cannot be verified either: an error, not a finding.
+#[test]
+fn a_merge_that_is_refused_is_an_error() {
+    let scratch = Scratch::new();
+    scratch.cli(&["merge", "base.safetensors", "lora", "-o", "m"]).done();
+    let nowhere = "error: nowhere: no such file or directory\n";
+    assert_eq!(verify(&scratch, "nowhere", &[]).refused(Path::new("/")), nowhere);
+    let dora = feature("dora-linear/adapter");
+    let text = scratch
+        .cli(&["verify", "m", "--base", "base.safetensors", "--adapter", &dora])
+        .refused(scratch.root());
+    assert!(text.contains("does not fit base.safetensors: 2 problems\n"), "{text}");
+}
