@@ -152,13 +152,13 @@ struct Difference {
     dtype: String,
     elements: u64,
     different: u64,
+    #[serde(deserialize_with = "present")]
+    steps: Option<u64>,
     worst_index: Vec<u64>,
     #[serde(deserialize_with = "present")]
     worst_expected: Option<f64>,
     #[serde(deserialize_with = "present")]
     worst_found: Option<f64>,
-    #[serde(deserialize_with = "present")]
-    worst_steps: Option<u64>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -511,7 +511,7 @@ fn a_verification() {
     assert_eq!((one.tensor.as_str(), one.dtype.as_str()), ("model.layers.0.q.weight", "BF16"));
     assert_eq!((one.elements, one.different, one.worst_index.as_slice()), (384, 1, &[0, 0][..]));
     // JSON has no NaN.
-    assert!(one.worst_expected.is_some() && one.worst_found.is_none() && one.worst_steps.is_none());
+    assert!(one.worst_expected.is_some() && one.worst_found.is_none() && one.steps.is_none());
     assert_eq!(differs.unexpected, ["more"]);
     let [one] = differs.reshaped.as_slice() else { panic!("{:?}", differs.reshaped) };
     assert_eq!((one.tensor.as_str(), one.expected_dtype.as_str()), ("model.norm.weight", "BF16"));

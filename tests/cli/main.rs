@@ -10,6 +10,7 @@ mod adapters;
 mod inspect;
 mod json;
 mod merge;
+mod options;
 mod outputs;
 mod process;
 mod quantised;

@@ -8,6 +8,7 @@
 )]
 
 mod assets;
+mod bnb_gptq_awq;
 mod bytes;
 mod dequantised;
 mod experts;
@@ -19,7 +20,7 @@ mod layout;
 mod numerics;
 mod orientation;
 mod quantised;
-mod quantised_b;
+
 mod realised;
 mod resolve;
 mod strict;

@@ -21,8 +21,8 @@ GPTQ and AWQ: codes are rounded to nearest here, packed by the library
 with the scales widened to f32, which is exact; that the result in the library's
 own precision is this one, rounded once, is asserted.
 
-    python3 scripts/make_quantised_fixtures_b.py            rewrite the cases
-    python3 scripts/make_quantised_fixtures_b.py --check    regenerate elsewhere, compare
+    python3 scripts/make_bnb_gptq_awq_fixtures.py            rewrite the cases
+    python3 scripts/make_bnb_gptq_awq_fixtures.py --check    regenerate elsewhere, compare
 
 Needs scripts/requirements.txt, scripts/requirements_quantised.txt, and the
 unpacked source distributions of two libraries that cannot be installed without
