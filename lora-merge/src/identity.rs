@@ -8,7 +8,7 @@ use lora_format::model::Adapter;
 
 use crate::error::{Error, PlanProblem, Result};
 use crate::parameters::{Parameter, Parameters, Source};
-use crate::place::Placed;
+use crate::place::{Part, Placed};
 use crate::resolve::{self, Wanted};
 
 /// Compares an adapter's fingerprint with the base; reads a few pages per sampled target.
@@ -26,7 +26,9 @@ pub(crate) fn check(
     let mut failure = None;
     let verdict = fingerprint::compare(recorded, |expected| {
         let place = placed.iter().find(|place| {
+            // What is spread over a stack has no parameter of its own to sample.
             place.adapter == index
+                && matches!(place.part, Part::Whole)
                 && adapter.components[place.component].target.name() == expected.target
         })?;
         match sampler.sample(&expected.target, parameters.get(place.parameter?)) {

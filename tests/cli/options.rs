@@ -101,7 +101,7 @@ fn a_stack_of_experts_that_tells_nothing_needs_a_layout() {
     let text = scratch
         .cli(&["merge", &base, "a", "-o", "x", "--moe-layout", "nonsense"])
         .refused(&features());
-    assert!(text.contains(&format!("no layout; there are {names}\n")), "{text}");
+    assert!(text.contains(&format!("[possible values: {names}]\n")), "{text}");
 }
 
 #[test]

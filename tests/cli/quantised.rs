@@ -12,7 +12,9 @@ use crate::{Scratch, text};
 
 /// A fixture, the module that is changed, its shape, what the note says of the base, and the dtype
 /// of the output.
-const CASES: [(&str, &str, (usize, usize), &str, Dtype); 7] = [
+type Case = (&'static str, &'static str, (usize, usize), &'static str, Dtype);
+
+const CASES: [Case; 7] = [
     (
         "bnb-nf4-nested",
         "mlp.down_proj",

@@ -235,8 +235,7 @@ fn conflicts_are_named() {
              `model.embed_tokens.weight`: tokens/adapter both give its row 2\n{ORDER}"
         )
     );
-    let tokens: Vec<String> =
-        ["tokens/adapter", "tokens-only/adapter"].map(|one| feature(one)).into();
+    let tokens: Vec<String> = ["tokens/adapter", "tokens-only/adapter"].map(feature).into();
     let merge = ["merge", &feature("bases/llama"), &tokens[0], &tokens[1], "-o", "rows"];
     scratch.cli(&merge).done();
     // What replaces cannot be weighted.

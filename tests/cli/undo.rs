@@ -104,7 +104,7 @@ fn by_way_of_f32_nothing_is_lost() {
 #[test]
 fn several_adapters_come_out_of_an_f32_model() {
     let scratch = Scratch::new();
-    let adapters = ["two-lora/adapter-a", "two-lora/adapter-b"].map(|adapter| feature(adapter));
+    let adapters = ["two-lora/adapter-a", "two-lora/adapter-b"].map(feature);
     let [a, b] = [format!("{}@0.7", adapters[0]), format!("{}@0.3", adapters[1])];
     let base = feature("bases/llama");
     scratch.cli(&["merge", &base, &a, &b, "-o", "m"]).done();

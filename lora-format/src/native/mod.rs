@@ -9,7 +9,7 @@ mod reader;
 mod writer;
 
 pub use reader::{DigestVerdict, is_native, read, verify_digest};
-pub use writer::{encode, write};
+pub use writer::{FORMAT, encode, write};
 
 /// The metadata key that holds the configuration.
 pub const CONFIG_KEY: &str = "lora_format";

@@ -19,7 +19,7 @@ use crate::io::atomic::{AtomicFile, Durability, Overwrite};
 use crate::model::{Adapter, Scaling};
 
 /// This format, as messages name it.
-const FORMAT: &str = "format version 1.0-draft";
+pub const FORMAT: &str = "format version 1.0-draft";
 
 /// Writes an adapter as one file, complete or not at all.
 ///

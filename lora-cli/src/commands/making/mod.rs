@@ -8,6 +8,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Instant;
 
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 use lora_format::Dtype;
 use lora_format::checkpoint::{Checkpoint, Layout};
@@ -70,8 +71,8 @@ pub(crate) struct PlanArguments {
     /// What to do with a change of one of two tied tensors (input embedding, output head)
     #[arg(long, value_enum, default_value_t = TiedChoice::Refuse)]
     tied: TiedChoice,
-    /// How the factors of fused experts are packed, where the files leave it open
-    #[arg(long, value_name = "LAYOUT")]
+    /// How the factors of fused experts are laid out, where shapes and configuration leave it open
+    #[arg(long, value_name = "LAYOUT", value_parser = layouts())]
     moe_layout: Option<experts::Layout>,
     /// Merge though the base is not the one the adapter was trained on
     #[arg(long)]
@@ -182,6 +183,13 @@ impl FromStr for AdapterArgument {
             _ => Err(format!("expected a number after the @, found `{weight}`")),
         }
     }
+}
+
+/// The layouts of fused experts, with what each means as its help.
+fn layouts() -> impl TypedValueParser<Value = experts::Layout> {
+    let known =
+        experts::Layout::ALL.map(|layout| PossibleValue::new(layout.name()).help(layout.meaning()));
+    PossibleValuesParser::new(known).try_map(|name| name.parse::<experts::Layout>())
 }
 
 impl PlanArguments {
