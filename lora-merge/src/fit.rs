@@ -35,13 +35,15 @@ struct Group<'a> {
     brought: Option<&'a Placed>,
 }
 
-/// The targets of a merge, sorted by name.
+/// The targets of a merge, sorted by name, and the components that have no part in them because
+/// another one makes them superfluous.
 pub(crate) fn targets(
     inputs: &Inputs<'_>,
     placed: &[Placed],
     problems: &mut Vec<PlanProblem>,
-) -> Vec<PlannedTarget> {
-    let groups = inputs.groups(placed, problems);
+) -> (Vec<PlannedTarget>, Vec<Key>) {
+    let mut superfluous = Vec::new();
+    let groups = inputs.groups(placed, &mut superfluous, problems);
     let orientations = inputs.orientations(&groups, problems);
     let mut targets: Vec<PlannedTarget> = Vec::with_capacity(groups.len());
     for group in &groups {
@@ -66,11 +68,11 @@ pub(crate) fn targets(
         });
     }
     targets.sort_by(|a, b| a.name.cmp(&b.name));
-    targets
+    (targets, superfluous)
 }
 
-/// A component by its indices.
-type Key = (usize, usize);
+/// A component by the indices of its adapter and its own.
+pub(crate) type Key = (usize, usize);
 
 impl<'a> Inputs<'a> {
     fn component(&self, place: &Placed) -> &'a Component {
@@ -86,7 +88,12 @@ impl<'a> Inputs<'a> {
     }
 
     /// The placed components by parameter, less those that cannot act together.
-    fn groups<'p>(&self, placed: &'p [Placed], problems: &mut Vec<PlanProblem>) -> Vec<Group<'p>> {
+    fn groups<'p>(
+        &self,
+        placed: &'p [Placed],
+        superfluous: &mut Vec<Key>,
+        problems: &mut Vec<PlanProblem>,
+    ) -> Vec<Group<'p>> {
         let mut by_parameter: BTreeMap<(Option<usize>, String), Vec<&Placed>> = BTreeMap::new();
         for place in placed {
             let name = match place.parameter {
@@ -96,7 +103,8 @@ impl<'a> Inputs<'a> {
             by_parameter.entry((place.parameter, name)).or_default().push(place);
         }
         let mut groups = Vec::with_capacity(by_parameter.len());
-        for ((parameter, name), placed) in by_parameter {
+        for ((parameter, name), mut placed) in by_parameter {
+            self.drop_superfluous(&mut placed, superfluous);
             if let Some(place) = placed.iter().find(|place| self.is_irreversible(place)) {
                 problems.push(PlanProblem::Irreversible {
                     parameter: name,
@@ -115,6 +123,34 @@ impl<'a> Inputs<'a> {
             }
         }
         groups
+    }
+
+    /// Takes out what another component makes superfluous: a copy of the base that equals the one
+    /// before it, and a change to be undone in what is replaced as a whole.
+    fn drop_superfluous(&self, placed: &mut Vec<&Placed>, superfluous: &mut Vec<Key>) {
+        let form = |place: &Placed| &self.component(place).form;
+        let replaced = placed.iter().any(|place| matches!(form(place), Form::Replaced(_)));
+        let first = placed.iter().find_map(|place| match form(place) {
+            Form::Base(tensor) => Some(tensor),
+            _ => None,
+        });
+        placed.retain(|place| {
+            let kept = match (form(place), first) {
+                (Form::Base(copy), Some(first)) => {
+                    std::ptr::eq(copy, first)
+                        || (copy.dtype, &copy.shape) != (first.dtype, &first.shape)
+                        || copy.bytes() != first.bytes()
+                }
+                (form, _) => {
+                    let undone = self.adapters[place.adapter].undo && form.is_additive();
+                    !(replaced && undone)
+                }
+            };
+            if !kept {
+                superfluous.push((place.adapter, place.component));
+            }
+            kept
+        });
     }
 
     /// Whether a change cannot be taken out of what it changed, or cannot be made where another is
@@ -261,6 +297,7 @@ impl<'a> Inputs<'a> {
                         }
                         FromShape::Square => squares.push((key, group.name.as_str())),
                         FromShape::Misfit(problem) => problems.push(problem),
+                        FromShape::Unknown => {}
                     }
                 }
             }
@@ -407,6 +444,8 @@ fn lies(parameter: &str, shape: &[usize], form: &Form) -> FromShape {
                 _ => wrong(ShapeCause::WrongBase),
             }
         }
+        // A problem stands for it already, or it was made linear.
+        (_, Some(Layer::Merged)) => FromShape::Unknown,
         (2, Some(Layer::Linear) | None) => from_shape(parameter, (shape[0], shape[1]), features),
         // A bias: one value per output feature.
         (1, None) if fits(features.out, shape[0]) => FromShape::Decided(Orientation::InOut),

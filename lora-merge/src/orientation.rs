@@ -45,6 +45,8 @@ pub(crate) enum FromShape {
     Decided(Orientation),
     Square,
     Misfit(PlanProblem),
+    /// Nothing, and it has been said why.
+    Unknown,
 }
 
 /// Compares a stored matrix with the features that a change has.

@@ -50,10 +50,12 @@ pub(crate) struct Places {
     pub(crate) notes: Vec<Note>,
 }
 
-/// Places every component of the adapter with index `adapter`.
+/// Places every component of the adapter with index `adapter`. Where an adapter is taken out
+/// (`undoes`), copies of the base mean nothing: W is what the merged model has.
 pub(crate) fn place(
     adapter: usize,
     weighted: &WeightedAdapter,
+    undoes: bool,
     parameters: &Parameters,
     config: Option<&Map<String, Value>>,
     layout: Option<experts::Layout>,
@@ -67,7 +69,7 @@ pub(crate) fn place(
         .iter()
         .enumerate()
         .filter(|(index, _)| claimed.binary_search(index).is_err())
-        .filter(|(_, component)| !(weighted.undo && matches!(component.form, Form::Base(_))))
+        .filter(|(_, component)| !(undoes && matches!(component.form, Form::Base(_))))
         .collect();
     let wanted: Vec<Wanted<'_>> =
         rest.iter().map(|(_, component)| wanted(component, parameters)).collect();

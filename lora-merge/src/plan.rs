@@ -24,7 +24,7 @@ use crate::parameters::{Parameters, Source};
 use crate::place::{self, Part, Placed};
 use crate::quantised::QuantisedProblem;
 use crate::report::ChangeReport;
-use crate::tied::{self, Tied, Ties};
+use crate::tied::{self, Tied};
 
 /// What the user may ask of a merge's result.
 #[derive(Clone, Debug, PartialEq)]
@@ -205,6 +205,7 @@ impl MergePlan {
             let found = place::place(
                 index,
                 one,
+                undoes,
                 &parameters,
                 base.config(),
                 options.moe_layout,
@@ -226,7 +227,7 @@ impl MergePlan {
             ties: &ties,
             options,
         };
-        let targets = fit::targets(&inputs, &placed, &mut problems);
+        let (targets, superfluous) = fit::targets(&inputs, &placed, &mut problems);
         let vocabulary = fit::vocabulary(&parameters, &targets, &mut problems);
         if !problems.is_empty() {
             // Perhaps they are why a parameter was not found, or is of no use.
@@ -236,7 +237,7 @@ impl MergePlan {
             problems.extend(unread.cloned().map(PlanProblem::from));
             return refuse(&adapters, &base, problems);
         }
-        let uses = uses(&adapters, &placed, &ties)?;
+        let uses = uses(&adapters, &placed, &[&ties.repeated[..], &superfluous].concat())?;
 
         let mut identity = Vec::with_capacity(adapters.len());
         for (index, one) in adapters.iter().enumerate() {
@@ -309,7 +310,8 @@ impl MergePlan {
             rank,
             scale,
             weight: change.weight,
-            orientation: change.orientation,
+            // A vector has none.
+            orientation: change.orientation.filter(|_| target.shape.len() > 1),
         }
     }
 
@@ -319,13 +321,21 @@ impl MergePlan {
     }
 }
 
-/// How often every component is carried out. One that was placed nowhere is excused only as the
-/// copy of another, as the gain of a bias that the layer does not have, or as the base's copy in
-/// an adapter that is taken out again.
-fn uses(adapters: &[WeightedAdapter], placed: &[Placed], ties: &Ties) -> Result<Vec<Vec<u64>>> {
+/// How often every component is carried out. One that is carried out nowhere is excused only as
+/// the repetition of another, as the gain of a bias that the layer does not have, or as a copy of
+/// the base where a merged model is at hand.
+fn uses(
+    adapters: &[WeightedAdapter],
+    placed: &[Placed],
+    superfluous: &[fit::Key],
+) -> Result<Vec<Vec<u64>>> {
+    let undoes = adapters.iter().any(|one| one.undo);
     let mut uses: Vec<Vec<u64>> =
         adapters.iter().map(|one| vec![0; one.adapter.components.len()]).collect();
     for place in placed {
+        if superfluous.contains(&(place.adapter, place.component)) {
+            continue;
+        }
         let slot = &mut uses[place.adapter][place.component];
         match place.part {
             Part::Whole => *slot += 1,
@@ -335,8 +345,8 @@ fn uses(adapters: &[WeightedAdapter], placed: &[Placed], ties: &Ties) -> Result<
     }
     for (adapter, one) in adapters.iter().enumerate() {
         for (index, component) in one.adapter.components.iter().enumerate() {
-            let excused = ties.repeated.contains(&(adapter, index))
-                || (matches!(component.form, Form::Base(_)) && one.undo)
+            let excused = superfluous.contains(&(adapter, index))
+                || (matches!(component.form, Form::Base(_)) && undoes)
                 || (matches!(component.form, Form::Gain(_))
                     && component.target.parameter == "bias");
             if uses[adapter][index] == 0 && !excused {

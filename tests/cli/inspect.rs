@@ -107,7 +107,7 @@ fn only_our_format_has_a_digest() {
     let scratch = Scratch::new();
     assert_eq!(
         scratch.cli(&["inspect", "lora", "--verify"]).refused(scratch.root()),
-        "error: lora: PEFT records no digest to verify\n\
+        "error: lora: an adapter of format peft records no digest\n\
          hint: convert it first: lora-cli convert ADAPTER --to lora -o FILE\n"
     );
     assert_eq!(

@@ -58,6 +58,7 @@ struct AdapterReport {
 struct Quantised {
     method: String,
     weights: u64,
+    dropped: Vec<String>,
 }
 
 #[derive(Debug, Deserialize)]

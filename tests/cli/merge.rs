@@ -166,7 +166,7 @@ fn the_summary_says_what_survived_and_what_helps() {
     let ran = scratch.cli(&["merge", "base.safetensors", "lora", "--scale", "1e-4"]).done();
     for part in [
         "realised delta: ",
-        "warning: rounding LOST 100 % of this adapter: in 1 of 1 targets",
+        "warning: rounding LOST 100 % of the change: in 1 of 1 targets",
         "model.layers.0.q.weight (BF16): ",
     ] {
         assert!(ran.stderr.contains(part), "{part} is not in {}", ran.stderr);

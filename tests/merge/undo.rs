@@ -199,3 +199,34 @@ fn verification_finds_the_one_element_that_differs() {
     assert_eq!(report.reshaped[0].tensor, "m.1.q.weight");
     assert!(!report.agrees(u64::MAX));
 }
+
+/// PEFT saves a copy of a targeted embedding. Two adapters may bring the same one; where a merged
+/// model is at hand, it says nothing.
+#[test]
+fn copies_of_the_base_do_not_stand_in_the_way() {
+    let features = fixtures().join("features");
+    let case = features.join("embedding-saved-base");
+    let description = crate::support::read_json(&case.join("case.json"));
+    let base = case.join(description["base"].as_str().unwrap());
+    let adapter = case.join("adapter");
+    let scratch = tempfile::tempdir().unwrap();
+    let path = |name: &str| scratch.path().join(name);
+
+    make(&base, &[(&adapter, 0.25, false), (&adapter, 0.75, false)], &path("twice")).unwrap();
+    make(&base, &[(&adapter, 1.0, false)], &path("once")).unwrap();
+    let pairs = elements(&read_model(&path("twice"))).into_iter();
+    for ((name, twice), (_, once)) in pairs.zip(elements(&read_model(&path("once")))) {
+        for (twice, once) in twice.iter().zip(&once) {
+            assert!((twice - once).abs() <= 1e-6, "{name}: {twice}, {once}");
+        }
+    }
+    let parts: [Part<'_>; 2] = [(&adapter, 1.0, true), (&adapter, 0.5, false)];
+    make(&path("once"), &parts, &path("half")).unwrap();
+    make(&base, &[(&adapter, 0.5, false)], &path("direct")).unwrap();
+    let pairs = elements(&read_model(&path("half"))).into_iter();
+    for ((name, switched), (_, direct)) in pairs.zip(elements(&read_model(&path("direct")))) {
+        for (switched, direct) in switched.iter().zip(&direct) {
+            assert!((switched - direct).abs() <= 1e-6, "{name}: {switched}, {direct}");
+        }
+    }
+}

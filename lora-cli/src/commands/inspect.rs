@@ -156,8 +156,9 @@ fn inspect_adapter(arguments: &Arguments, adapter: &Adapter) -> Result<Outcome, 
     let digest = match arguments.verify {
         true if native => Some(verify(&adapter.path)?),
         true => {
-            let message = format!("{}: PEFT records no digest to verify", adapter.path.display());
-            let hint = "convert it first: lora-cli convert ADAPTER --to lora -o FILE";
+            let (path, format) = (adapter.path.display(), adapter.format);
+            let message = format!("{path}: an adapter of format {format} records no digest");
+            let hint = "a file of our own format does: lora-cli convert ADAPTER --to lora -o FILE";
             return Err(Failure::new(message, Some(hint)));
         }
         false => None,

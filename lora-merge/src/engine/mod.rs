@@ -428,6 +428,7 @@ impl Engine<'_> {
         match &*prepared {
             Prepared { factors: None, operators, .. } if operators.is_empty() => {
                 let converted = kernels::convert(isa, base, from, output, to);
+                report.stats.elements = converted.elements;
                 report.stats.overflowed = converted.overflowed;
                 if let Source::Brought { .. } = planned.source {
                     report.rounded = converted.changed;

@@ -54,6 +54,7 @@ struct JsonAdapter {
 struct JsonQuantised {
     method: String,
     weights: usize,
+    dropped: Vec<String>,
 }
 
 #[derive(Debug, Serialize)]
@@ -189,6 +190,11 @@ impl Report {
             quantised: plan.parameters.quantised().map(|quantised| JsonQuantised {
                 method: quantised.method.clone(),
                 weights: quantised.weights.len(),
+                dropped: quantised
+                    .dropped
+                    .iter()
+                    .map(|&location| plan.base.info(location).name.clone())
+                    .collect(),
             }),
             untied: plan.untied,
             vocabulary: plan.vocabulary,

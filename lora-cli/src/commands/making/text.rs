@@ -68,6 +68,14 @@ fn changes_of_shape(plan: &MergePlan) -> Vec<String> {
             quantised.weights.len(),
             quantised.method
         ));
+        let dropped = &quantised.dropped;
+        if let Some(&first) = dropped.first() {
+            lines.push(format!(
+                "note: {} tensors that only quantised inference uses are left out, first `{}`",
+                dropped.len(),
+                plan.base.info(first).name
+            ));
+        }
     }
     lines
 }
@@ -111,23 +119,18 @@ fn name_warning(plan: &MergePlan, recorded: &str) -> Option<String> {
 /// What a dry run prints.
 pub(super) fn planned(making: &Making<'_>) -> String {
     let Making { plan, assets, output, run, .. } = making;
-    let adapters: Vec<String> = plan
-        .adapters
-        .iter()
-        .map(|one| {
-            let weight = match one.weight {
-                1.0 => String::new(),
-                weight => format!(" × {weight}"),
-            };
-            format!("{}{weight} ({})", one.adapter.path.display(), one.adapter.format)
-        })
-        .collect();
-    let mut text = format!(
-        "{} + {} → {}\n\n",
-        plan.base.path().display(),
-        adapters.join(" + "),
-        output.destination.display()
-    );
+    let mut text = plan.base.path().display().to_string();
+    for one in &plan.adapters {
+        let sign = if one.undo { '−' } else { '+' };
+        text.push_str(&format!(" {sign} {}", one.adapter.path.display()));
+        // What is taken out has the sign already.
+        let weight = if one.undo { -one.weight } else { one.weight };
+        if weight != 1.0 {
+            text.push_str(&format!(" × {weight}"));
+        }
+        text.push_str(&format!(" ({})", one.adapter.format));
+    }
+    text.push_str(&format!(" → {}\n\n", output.destination.display()));
     text.push_str(&target_table(plan));
     let bytes = plan.output.files.iter().map(|file| file.bytes).sum();
     let (copied, converted) = job_counts(plan);
@@ -334,9 +337,9 @@ fn loss_warning(arguments: &MakeArguments, report: &MergeReport) -> String {
     };
     poor.sort_by(|a, b| severity(&b.realised).total_cmp(&severity(&a.realised)));
     let mut text = if lost >= 0.1 {
-        format!("warning: rounding LOST {:.0} % of this adapter", 100.0 * lost)
+        format!("warning: rounding LOST {:.0} % of the change", 100.0 * lost)
     } else {
-        format!("warning: rounding drowned this adapter in noise {noise:.1} times as large as it")
+        format!("warning: rounding drowned the change in noise {noise:.1} times as large as it")
     };
     text.push_str(&format!(
         ": in {} of {total} targets the delta is small beside the spacing of the stored values",
