@@ -208,6 +208,11 @@ fn problem_hint(problem: &PlanProblem) -> Option<String> {
             "say which groups were trained, as loralib's enable_lora does: --enable-lora \
              true,false,true"
         }
+        PlanProblem::OtherCopy { .. } => {
+            "merge into the base that the adapter was trained on; if you are sure, \
+             --allow-different-base takes the adapter's copy for the base"
+        }
+        PlanProblem::NamelessHead { .. } => "--tied both keeps them one tensor",
         PlanProblem::Irreversible { .. } => {
             "only the base that it was merged into has what was there: merge into that afresh"
         }

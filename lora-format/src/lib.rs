@@ -41,6 +41,7 @@ pub mod model;
 pub mod native;
 pub mod pattern;
 mod tensor;
+pub mod vocabulary;
 
 pub use codec::{ReadOptions, read};
 pub use dtype::{Dtype, UnknownDtype};

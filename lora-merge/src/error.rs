@@ -160,6 +160,19 @@ pub enum Error {
         /// Elements that it has.
         elements: u64,
     },
+    /// A changed tensor was not made as a whole: a fault of this program.
+    #[error(
+        "{written} of {elements} elements of `{tensor}` were made: a fault of this program; nothing \
+         was written"
+    )]
+    Unwritten {
+        /// The output's tensor.
+        tensor: String,
+        /// Elements that were made.
+        written: u64,
+        /// Elements that it has.
+        elements: u64,
+    },
     /// The user interrupted the merge.
     #[error("interrupted")]
     Interrupted,
@@ -178,6 +191,21 @@ pub enum PlanProblem {
     Unresolved { module: String, parameter: String, nearest: Vec<String> },
     #[error("`{module}`: {}", tied_text(embedding, head))]
     Tied { module: String, embedding: String, head: Option<String> },
+    #[error(
+        "`{embedding}`: untied, it would be the input embedding alone, and what its output head \
+         is called in a model of this kind is not known"
+    )]
+    NamelessHead { embedding: String },
+    #[error(
+        "`{parameter}`: the adapter brings a copy of it as it was when training began, and the \
+         base's values are others"
+    )]
+    OtherCopy { parameter: String },
+    #[error(
+        "`{parameter}`: the adapter brings {brought} in its place, the base has {stored}: only a \
+         vocabulary or a head may have another number of rows"
+    )]
+    Replacement { parameter: String, stored: Shape, brought: Shape },
     #[error("`{parameter}`: {reason}")]
     Conflict { parameter: String, reason: String },
     #[error("`{module}`: {problem}")]

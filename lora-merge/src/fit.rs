@@ -3,12 +3,14 @@
 
 use std::collections::BTreeMap;
 
-use lora_format::Tensor;
 use lora_format::checkpoint::Checkpoint;
 use lora_format::model::{Component, Form, Layer};
+use lora_format::vocabulary;
+use lora_format::{Shape, Tensor};
 
 use crate::error::{PlanProblem, ShapeCause};
 use crate::low_rank::{self, Term};
+use crate::names;
 use crate::operator::{self, Features, Matrix};
 use crate::orientation::{FromShape, Judge, Orientation, from_shape, misfit};
 use crate::parameters::{Parameter, Parameters, Source};
@@ -60,6 +62,7 @@ pub(crate) fn targets(
             shape: embedding.shape.clone(),
             dtype: embedding.dtype,
             source: embedding.source,
+            key: head.name.clone(),
             kernel: 1,
             stacked: false,
             slabs: vec![Slab::default()],
@@ -67,8 +70,23 @@ pub(crate) fn targets(
             changes: Vec::new(),
         });
     }
+    refuse_twins(&targets, problems);
     targets.sort_by(|a, b| a.name.cmp(&b.name));
     (targets, superfluous)
+}
+
+/// Two new parameters of one head under two names: `score.weight` and `model.score.weight`.
+fn refuse_twins(targets: &[PlannedTarget], problems: &mut Vec<PlanProblem>) {
+    let mut gained: BTreeMap<String, &PlannedTarget> = BTreeMap::new();
+    for target in targets.iter().filter(|target| target.parameter.is_none()) {
+        let parts: Vec<&str> = target.name.rsplit('.').take(2).collect();
+        if let Some(first) = gained.insert(parts.join("."), target) {
+            problems.push(PlanProblem::Conflict {
+                parameter: target.name.clone(),
+                reason: format!("and `{}` seem to be one, under two names", first.name),
+            });
+        }
+    }
 }
 
 /// A component by the indices of its adapter and its own.
@@ -96,9 +114,13 @@ impl<'a> Inputs<'a> {
     ) -> Vec<Group<'p>> {
         let mut by_parameter: BTreeMap<(Option<usize>, String), Vec<&Placed>> = BTreeMap::new();
         for place in placed {
-            let name = match place.parameter {
-                Some(index) => self.parameters.get(index).name.clone(),
-                None => self.component(place).target.name(),
+            let own = self.component(place).target.name();
+            let of_vocabulary =
+                vocabulary::is_output_head(&own) || vocabulary::is_input_embedding(&own);
+            let name = match (place.parameter, &self.ties.head) {
+                (Some(index), _) => self.parameters.get(index).name.clone(),
+                (None, Some(head)) if of_vocabulary => head.name.clone(),
+                (None, _) => own,
             };
             by_parameter.entry((place.parameter, name)).or_default().push(place);
         }
@@ -342,9 +364,16 @@ impl<'a> Inputs<'a> {
             Part::Slabs { count, .. } => Some(count),
             Part::Whole => None,
         });
+        if let Some(problem) = self.reshaped(group, slabs.is_some()) {
+            problems.push(problem);
+            return None;
+        }
+        let embedding = self.ties.shared.filter(|pair| Some(pair.1) == group.parameter);
+        let key = embedding.map_or(&group.name, |pair| &self.parameters.get(pair.0).name);
         let mut target = PlannedTarget {
             parameter: group.parameter,
             name: group.name.clone(),
+            key: key.clone(),
             kernel: kernel(&shape, slabs),
             stacked: slabs.is_some() && shape.len() == 3,
             shape,
@@ -363,6 +392,12 @@ impl<'a> Inputs<'a> {
             match (&place.part, &component.form) {
                 (Part::Slabs { terms, .. }, _) => {
                     for (slab, term) in terms {
+                        if *slab >= target.slabs.len() || !term.lies_within(rows, cols) {
+                            let parameter = group.name.clone();
+                            let problem = "factors that reach beyond it".to_owned();
+                            problems.push(PlanProblem::Form { parameter, problem });
+                            continue;
+                        }
                         let scale = term.scale * weight;
                         target.slabs[*slab].terms.push(Term { scale, ..term.clone() });
                     }
@@ -399,6 +434,28 @@ impl<'a> Inputs<'a> {
         Some(target)
     }
 
+    /// Why what is brought cannot take the place of what the base has. Only a vocabulary, or what
+    /// a head gives, may have another number of rows; nothing else may differ.
+    fn reshaped(&self, group: &Group<'_>, stacked: bool) -> Option<PlanProblem> {
+        let (brought, stored) = (self.brought(group)?, self.stored(group)?);
+        if brought.shape == stored.shape {
+            return None;
+        }
+        let module = resolve::module_of(&group.name);
+        let in_layer = module.split('.').any(names::is_number);
+        let rows = !stored.shape.is_empty()
+            && brought.shape.len() == stored.shape.len()
+            && brought.shape[1..] == stored.shape[1..];
+        // A vector by itself is a norm; beside a matrix it is the bias of a head.
+        let of_head = stored.shape.len() == 2 || group.name.ends_with(".bias");
+        let fits = rows && of_head && !in_layer && !stacked;
+        (!fits).then(|| PlanProblem::Replacement {
+            parameter: group.name.clone(),
+            stored: Shape(stored.shape.clone()),
+            brought: Shape(brought.shape.clone()),
+        })
+    }
+
     fn check_rows(
         &self,
         target: &PlannedTarget,
@@ -410,7 +467,7 @@ impl<'a> Inputs<'a> {
         let wrong = if rows.shape.as_slice() != [indices.len(), width] || target.shape.len() != 2 {
             Some(format!(
                 "token rows of shape {} for {} tokens of width {width}",
-                lora_format::Shape(rows.shape.clone()),
+                Shape(rows.shape.clone()),
                 indices.len()
             ))
         } else {
@@ -488,7 +545,8 @@ pub(crate) fn vocabulary(
     targets: &[PlannedTarget],
     problems: &mut Vec<PlanProblem>,
 ) -> Option<usize> {
-    let is_vocabulary = |name: &str| resolve::is_input_embedding(name) || resolve::is_head(name);
+    let is_vocabulary =
+        |name: &str| vocabulary::is_input_embedding(name) || vocabulary::is_output_head(name);
     let rows = |shape: &[usize]| shape.first().copied().unwrap_or(0);
     let resized = targets.iter().find(|target| {
         is_vocabulary(&target.name)

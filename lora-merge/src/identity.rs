@@ -7,6 +7,7 @@ use lora_format::io::mmap::Mapping;
 use lora_format::model::Adapter;
 
 use crate::error::{Error, PlanProblem, Result};
+use crate::numbers::float_type;
 use crate::parameters::{Parameter, Parameters, Source};
 use crate::place::{Part, Placed};
 use crate::resolve::{self, Wanted};
@@ -54,28 +55,67 @@ pub(crate) fn same_values(
     Ok(first.is_some() && first == sampler.sample("", parameters.get(second))?)
 }
 
-/// Whether a tensor has the rows of a parameter, and perhaps more behind them.
-pub(crate) fn begins_with(
+/// What a tensor that an adapter brings is to the base's own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Copied {
+    /// Its values, all of them.
+    Equal,
+    /// Its rows, and more behind them.
+    Grown,
+    /// Anything else.
+    Different,
+}
+
+/// Compares a tensor with a parameter of the base, value by value. One of a wider dtype is equal
+/// if the base's values are its own, rounded.
+pub(crate) fn copied(
     base: &Checkpoint,
     parameters: &Parameters,
     index: usize,
     tensor: &Tensor,
-) -> Result<bool> {
+) -> Result<Copied> {
+    /// Elements compared at once, whose pages are then given back.
+    const RUN: usize = 1 << 20;
     let parameter = parameters.get(index);
-    let Source::Plain(location) = parameter.source else {
-        return Ok(false);
+    let (Source::Plain(location), Some(own), Some(other)) =
+        (parameter.source, float_type(parameter.dtype), float_type(tensor.dtype))
+    else {
+        return Ok(Copied::Different);
     };
     let same_rows = parameter.shape.get(1..) == tensor.shape.get(1..);
     if !same_rows || tensor.shape.first() < parameter.shape.first() {
-        return Ok(false);
+        return Ok(Copied::Different);
     }
-    let mut sampler = Sampler::new(base);
-    let stored = sampler.bytes(location)?;
-    let elements = stored.len() as u64 * 8 / parameter.dtype.bits();
-    let beginning = elements * tensor.dtype.bits() / 8;
-    let beginning = &tensor.bytes()[..beginning as usize];
-    let stored = fingerprint::sample(parameter.dtype, stored);
-    Ok(stored.is_some() && stored == fingerprint::sample(tensor.dtype, beginning))
+    let shard = &base.shards()[location.shard];
+    let mapping = shard.file.map()?;
+    let info = base.info(location);
+    let start = (shard.file.header().data_start + info.start) as usize;
+    let elements = info.elements() as usize;
+    let mut first = 0;
+    while first < elements {
+        let end = elements.min(first + RUN);
+        let range = start + first * own.size()..start + end * own.size();
+        let stored = mapping[range.clone()].chunks_exact(own.size());
+        let brought =
+            tensor.bytes()[first * other.size()..end * other.size()].chunks_exact(other.size());
+        let equal = stored.zip(brought).all(|(stored, brought)| {
+            let value = f64::from(other.decode(word(brought)));
+            own == other && stored == brought || own.encode(value) == word(stored)
+        });
+        mapping.release(range);
+        tensor.release();
+        if !equal {
+            return Ok(Copied::Different);
+        }
+        first = end;
+    }
+    let grown = tensor.shape.first() > parameter.shape.first();
+    Ok(if grown { Copied::Grown } else { Copied::Equal })
+}
+
+/// Two or four little-endian bytes.
+fn word(bytes: &[u8]) -> u32 {
+    bytes.iter().rev().fold(0, |word, &byte| word << 8 | u32::from(byte))
 }
 
 /// The fingerprint of `base` for this adapter, as `docs/FORMAT.md` defines it.

@@ -13,6 +13,7 @@
 //! contract is stated in [`kernels`].
 
 pub mod assets;
+mod copies;
 pub mod engine;
 mod error;
 pub mod experts;

@@ -181,6 +181,20 @@ impl Term {
         taken
     }
 
+    /// Whether it has no element outside a matrix, and its factors fit each other.
+    pub(crate) fn lies_within(&self, rows: usize, cols: usize) -> bool {
+        let last = |stride: Stride, count: usize| {
+            let steps = count.checked_sub(1)?.checked_mul(stride.step)?;
+            stride.start.checked_add(steps)
+        };
+        let inside = |stride, count, length| {
+            count == 0 || last(stride, count).is_some_and(|last| last < length)
+        };
+        self.left.cols == self.right.rows
+            && inside(self.rows, self.left.rows, rows)
+            && inside(self.cols, self.right.cols, cols)
+    }
+
     /// The rank.
     pub fn rank(&self) -> usize {
         self.right.rows

@@ -8,14 +8,13 @@
 
 use std::collections::BTreeMap;
 
-use lora_format::Shape;
+use lora_format::{Shape, vocabulary};
 use serde_json::{Map, Value};
 
 use crate::error::{PlanProblem, ShapeCause};
 use crate::names::is_number;
 use crate::operator::Features;
 use crate::parameters::Parameters;
-use crate::resolve::is_input_embedding;
 
 /// How a weight is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -86,7 +85,7 @@ pub(crate) fn misfit(
 }
 
 fn is_vocabulary(parameter: &str) -> bool {
-    is_input_embedding(parameter) || parameter.ends_with("lm_head.weight")
+    vocabulary::is_input_embedding(parameter) || vocabulary::is_output_head(parameter)
 }
 
 /// Decides square targets.

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 
 use lora_format::model::{Component, Form, Note, Target};
+use lora_format::vocabulary;
 use serde_json::{Map, Value};
 
 use crate::error::PlanProblem;
@@ -79,14 +80,13 @@ pub(crate) fn place(
         *prefixes.entry(rename).or_default() += count;
     }
     let fits = !placed.is_empty() || found.iter().any(Option::is_some);
+    let may_be_new = |target: &Target| fits && prefixes.is_empty() && is_new(target, parameters);
     for ((component, contents), (parameter, wanted)) in rest.iter().zip(found.iter().zip(&wanted)) {
-        let place =
-            Placed { adapter, component: *component, parameter: *parameter, part: Part::Whole };
+        let (component, parameter) = (*component, *parameter);
+        let place = Placed { adapter, component, parameter, part: Part::Whole };
         match (parameter, &contents.form) {
             (Some(_), _) => placed.push(place),
-            (None, Form::Replaced(_)) if may_be_new(&contents.target, fits, parameters) => {
-                placed.push(place);
-            }
+            (None, Form::Replaced(_)) if may_be_new(&contents.target) => placed.push(place),
             (None, Form::Replaced(_)) => {
                 let Target { module, parameter } = contents.target.clone();
                 problems.push(PlanProblem::Unresolved { module, parameter, nearest: Vec::new() });
@@ -99,7 +99,33 @@ pub(crate) fn place(
         }
     }
     placed.sort_by_key(|place| (place.component, place.parameter));
+    refuse_overlaps(&placed, weighted, parameters, problems);
     Places { placed, renames: prefixes, notes }
+}
+
+/// One adapter changes the parts of a parameter or the whole of it: experts that it names one by
+/// one and again as the parameter's own change would be applied twice.
+fn refuse_overlaps(
+    placed: &[Placed],
+    weighted: &WeightedAdapter,
+    parameters: &Parameters,
+    problems: &mut Vec<PlanProblem>,
+) {
+    let target = |place: &Placed| &weighted.adapter.components[place.component].target;
+    let mut first: BTreeMap<usize, &Placed> = BTreeMap::new();
+    for place in placed {
+        let Some(parameter) = place.parameter else { continue };
+        let Some(other) = first.insert(parameter, place) else { continue };
+        // Those of one kind were looked at when they were placed.
+        let whole = |place: &Placed| matches!(place.part, Part::Whole);
+        if whole(place) != whole(other) && target(place) != target(other) {
+            problems.push(PlanProblem::Collision {
+                first: target(other).name(),
+                second: target(place).name(),
+                parameter: parameters.get(parameter).name.clone(),
+            });
+        }
+    }
 }
 
 fn wanted<'a>(component: &'a Component, parameters: &Parameters) -> Wanted<'a> {
@@ -110,18 +136,21 @@ fn wanted<'a>(component: &'a Component, parameters: &Parameters) -> Wanted<'a> {
         Form::Gain(_) => parameter == "bias",
         // A tied head may not be stored.
         _ => {
-            resolve::is_head(&component.target.name())
-                && parameters.all().iter().any(|one| resolve::is_input_embedding(&one.name))
+            vocabulary::is_output_head(&component.target.name())
+                && parameters.all().iter().any(|one| vocabulary::is_input_embedding(&one.name))
         }
     };
     Wanted { module, parameter, optional }
 }
 
-/// Whether the output may gain a parameter that the base lacks: a head that training put beside
-/// the model. Not one of a module that the base has without it, not one of a numbered layer, and
-/// nothing if no other part of the adapter fits the base.
-fn may_be_new(target: &Target, fits: bool, parameters: &Parameters) -> bool {
-    let module = format!("{}.", target.module);
-    fits && parameters.under(&module).next().is_none()
+/// Whether a parameter may be one that the base lacks: of a head that training put beside the
+/// model. Not one of a module that the base has without it, nor of one whose name the base has
+/// elsewhere, nor one of a numbered layer.
+fn is_new(target: &Target, parameters: &Parameters) -> bool {
+    let last = |module: &str| module.rsplit('.').next().unwrap_or(module).to_owned();
+    let name = last(&target.module);
+    let elsewhere = parameters.all().iter().any(|one| last(resolve::module_of(&one.name)) == name);
+    !elsewhere
+        && !resolve::has_module(&target.module, parameters)
         && !target.module.split('.').any(names::is_number)
 }

@@ -11,6 +11,7 @@ use lora_format::checkpoint::Checkpoint;
 use lora_format::fingerprint::Verdict;
 use lora_format::model::{Adapter, Component, Form, Note};
 
+use crate::copies;
 use crate::error::{Error, PlanProblem, Result};
 use crate::experts;
 use crate::fit;
@@ -117,6 +118,8 @@ pub struct PlannedTarget {
     pub dtype: Dtype,
     /// Where W comes from.
     pub source: Source,
+    /// What stochastic rounding is keyed by: its name, of a head that stays tied its embedding's.
+    pub(crate) key: String,
     /// Positions of a convolution's kernel; 1 of everything else.
     pub kernel: usize,
     /// Whether its first dimension counts matrices.
@@ -220,6 +223,15 @@ impl MergePlan {
         loralib::expand(&mut adapters, &placed, &parameters, &mut problems);
         let ties =
             tied::resolve(&base, &parameters, &adapters, options.tied, &mut placed, &mut problems)?;
+        let copies = copies::settle(
+            &base,
+            &parameters,
+            &adapters,
+            &ties,
+            options.allow_different_base,
+            &mut placed,
+            &mut problems,
+        )?;
         let inputs = fit::Inputs {
             base: &base,
             parameters: &parameters,
@@ -237,7 +249,7 @@ impl MergePlan {
             problems.extend(unread.cloned().map(PlanProblem::from));
             return refuse(&adapters, &base, problems);
         }
-        let uses = uses(&adapters, &placed, &[&ties.repeated[..], &superfluous].concat())?;
+        let uses = uses(&adapters, &placed, &[&ties.repeated[..], &copies, &superfluous].concat())?;
 
         let mut identity = Vec::with_capacity(adapters.len());
         for (index, one) in adapters.iter().enumerate() {

@@ -69,9 +69,6 @@ pub struct Resolution {
     pub renames: BTreeMap<(String, String), usize>,
 }
 
-/// The weight of a MultiheadAttention, which PEFT names after the module alone.
-const IN_PROJ: &str = "in_proj_weight";
-
 /// Resolves every name against the base's parameters. One name may come several times, and is
 /// then one parameter.
 pub fn resolve(wanted: &[Wanted<'_>], parameters: &Parameters) -> Resolution {
@@ -79,13 +76,16 @@ pub fn resolve(wanted: &[Wanted<'_>], parameters: &Parameters) -> Resolution {
     let mut indices = Indices { parameters, by_parameter: BTreeMap::new() };
     for one in wanted {
         let Wanted { module, parameter, optional } = *one;
-        let exact = |parameter: &str| parameters.find(&format!("{module}.{parameter}"));
-        let attention = || exact(IN_PROJ).filter(|_| parameter == "weight");
-        if let Some(index) = exact(parameter).or_else(attention) {
+        if let Some(index) = parameters.find(&format!("{module}.{parameter}")) {
             resolution.found.push(Some(index));
             continue;
         }
-        match indices.of(parameter).resolve(module) {
+        // A base that has the module has none of its parameters elsewhere.
+        let found = match has_module(module, parameters) {
+            true => Found::None,
+            false => indices.of(parameter).resolve(module),
+        };
+        match found {
             Found::One { index, rename } => {
                 *resolution.renames.entry(rename).or_default() += 1;
                 resolution.found.push(Some(index));
@@ -97,24 +97,49 @@ pub fn resolve(wanted: &[Wanted<'_>], parameters: &Parameters) -> Resolution {
             }
             Found::None if optional => resolution.found.push(None),
             Found::None => {
-                let attention = match parameter {
-                    "weight" => indices.of(IN_PROJ).resolve(module),
-                    _ => Found::None,
-                };
-                if let Found::One { index, rename } = attention {
-                    *resolution.renames.entry(rename).or_default() += 1;
-                    resolution.found.push(Some(index));
-                    continue;
-                }
                 let compare = resolution.problems.len() < COMPARED;
                 resolution.problems.push(unresolved(one, indices.of(parameter), compare));
                 resolution.found.push(None);
             }
         }
     }
+    refuse_torn_modules(wanted, &mut indices, &mut resolution);
     refuse_uneven_prefixes(wanted, &mut indices, &mut resolution);
     refuse_collisions(wanted, parameters, &mut resolution);
     resolution
+}
+
+/// Whether the base has a parameter of exactly this module.
+pub(crate) fn has_module(module: &str, parameters: &Parameters) -> bool {
+    parameters.under(&format!("{module}.")).next().is_some()
+}
+
+/// The parameters of one module are those of one module of the base: a bias is not that of another
+/// tower because this one's layer has none.
+fn refuse_torn_modules(
+    wanted: &[Wanted<'_>],
+    indices: &mut Indices<'_>,
+    resolution: &mut Resolution,
+) {
+    let mut stems: HashMap<&str, &str> = HashMap::new();
+    let all = indices.parameters;
+    // The weight speaks for its module, wherever it comes in the list.
+    let weights_first = |one: &Wanted<'_>| one.parameter != "weight";
+    let mut order: Vec<usize> = (0..wanted.len()).collect();
+    order.sort_by_key(|&index| weights_first(&wanted[index]));
+    for index in order {
+        let (one, Some(found)) = (&wanted[index], resolution.found[index]) else { continue };
+        let stem = module_of(&all.get(found).name);
+        let first = *stems.entry(one.module).or_insert(stem);
+        if first == stem {
+            continue;
+        }
+        resolution.found[index] = None;
+        if !one.optional {
+            let compare = resolution.problems.len() < COMPARED;
+            resolution.problems.push(unresolved(one, indices.of(one.parameter), compare));
+        }
+    }
 }
 
 /// A prefix that only one side has and that is no known wrapper must stand before every module:
@@ -219,20 +244,6 @@ fn unresolved(wanted: &Wanted<'_>, suffixes: &SuffixIndex<'_>, compare: bool) ->
     let nearest = if compare { suffixes.nearest(wanted.module) } else { Vec::new() };
     let (module, parameter) = (wanted.module.to_owned(), wanted.parameter.to_owned());
     PlanProblem::Unresolved { module, parameter, nearest }
-}
-
-/// Whether this is the input embedding of a language model.
-pub(crate) fn is_input_embedding(name: &str) -> bool {
-    ["embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight"]
-        .iter()
-        .any(|ending| name.ends_with(ending))
-}
-
-/// Whether this is the output head of a language model.
-pub(crate) fn is_head(name: &str) -> bool {
-    ["lm_head.weight", "embed_out.weight"].iter().any(|head| {
-        name.strip_suffix(head).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
-    })
 }
 
 fn is_wrapper(prefix: &str) -> bool {

@@ -108,7 +108,7 @@ fn only_our_format_has_a_digest() {
     assert_eq!(
         scratch.cli(&["inspect", "lora", "--verify"]).refused(scratch.root()),
         "error: lora: an adapter of format peft records no digest\n\
-         hint: convert it first: lora-cli convert ADAPTER --to lora -o FILE\n"
+         hint: a file of our own format does: lora-cli convert ADAPTER --to lora -o FILE\n"
     );
     assert_eq!(
         scratch.cli(&["inspect", "base.safetensors", "--verify"]).refused(scratch.root()),

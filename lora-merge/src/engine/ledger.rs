@@ -1,8 +1,9 @@
 //! The account of what was used: every element of every adapter's tensors, exactly once.
 //!
-//! The planner promises that nothing is left over; the ledger is the proof. Whatever carries out a
-//! component enters the elements that it decoded, and a merge whose account does not balance
-//! fails before its output gets its name.
+//! The planner promises that nothing is left over; the ledger holds it to that. What is prepared
+//! to be applied (terms when they are packed, operators when they are made) and what replaces (rows
+//! and tensors, as they are written) is entered, and a merge whose account does not balance fails
+//! before its output gets its name. That every tile was then made is counted by the engine.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 

@@ -102,10 +102,10 @@ impl RoundingMode {
         match self {
             RoundingMode::Nearest => Rounding::Nearest,
             RoundingMode::Stochastic { seed } if target.slabs.len() == 1 => {
-                Rounding::Stochastic { key: stochastic_key(seed, &target.name) }
+                Rounding::Stochastic { key: stochastic_key(seed, &target.key) }
             }
             RoundingMode::Stochastic { seed } => Rounding::Stochastic {
-                key: stochastic_key(seed, &format!("{}[{slab}]", target.name)),
+                key: stochastic_key(seed, &format!("{}[{slab}]", target.key)),
             },
         }
     }
@@ -603,6 +603,11 @@ impl Engine<'_> {
                 total.add(&lock(&state.stats).total);
             }
             let own = Realised::from(total.stats);
+            let elements = planned.shape.iter().map(|&n| n as u64).product();
+            if own.elements != elements {
+                let (tensor, used) = (planned.name.clone(), own.elements);
+                return Err(Error::Unwritten { tensor, written: used, elements });
+            }
             realised.add(&own);
             let quantised = matches!(planned.source, Source::Quantised(_));
             targets.push(TargetReport {

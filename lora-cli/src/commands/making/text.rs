@@ -53,8 +53,18 @@ pub(super) fn announce(making: &Making<'_>) {
 /// What the output has and the base has not, and the other way round.
 fn changes_of_shape(plan: &MergePlan) -> Vec<String> {
     let mut lines = Vec::new();
-    for target in plan.targets.iter().filter(|target| target.parameter.is_none()) {
-        lines.push(format!("note: the output gains `{}` {:?}", target.name, target.shape));
+    for target in &plan.targets {
+        let stored = target.parameter.map(|index| &plan.parameters.get(index).shape);
+        match stored {
+            None => {
+                lines.push(format!("note: the output gains `{}` {:?}", target.name, target.shape))
+            }
+            Some(shape) if *shape != target.shape => lines.push(format!(
+                "note: `{}` has shape {:?} in the output, {shape:?} in the base",
+                target.name, target.shape
+            )),
+            Some(_) => {}
+        }
     }
     if let Some(rows) = plan.vocabulary {
         lines.push(format!("note: the vocabulary becomes {rows} rows"));
@@ -211,10 +221,12 @@ pub(super) fn summarise(making: &Making<'_>, report: &MergeReport, seconds: f64)
 pub(super) fn warnings(making: &Making<'_>, report: &MergeReport) -> Vec<String> {
     let realised = &report.realised;
     let mut warnings = Vec::new();
-    let changes = report.targets.iter().any(|target| {
-        target.changes.iter().any(|change| !["replaced", "token rows"].contains(&change.method))
+    // What an adapter holds in full is a change without a delta.
+    let brings = report.targets.iter().any(|target| {
+        let full = ["replaced", "token rows", "base copy"];
+        target.changes.iter().any(|change| full.contains(&change.method))
     });
-    if realised.nonzero == 0 && changes {
+    if realised.nonzero == 0 && !brings {
         let text = "warning: the adapter's delta is zero everywhere: the output equals the base";
         warnings.push(text.to_owned());
     } else if realised.is_poor() || report.targets.iter().any(|target| target.realised.is_poor()) {

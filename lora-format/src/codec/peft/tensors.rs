@@ -8,6 +8,7 @@ use super::methods::{Method, STEMS};
 use crate::error::{AdapterProblem, Error, Result, Unsupported};
 use crate::model::Note;
 use crate::tensor::Tensor;
+use crate::vocabulary;
 
 /// An adapter's tensors by module and meaning.
 #[derive(Default)]
@@ -264,7 +265,11 @@ impl<'a> Explained<'a> {
         if copied && !is_bias {
             return Ok(Stored::Base(module, parameter));
         }
-        if copied || (is_bias && self.biases) || self.is_saved(&module) || is_embedding(&module) {
+        if copied
+            || (is_bias && self.biases)
+            || self.is_saved(&module)
+            || vocabulary::may_be_saved_whole(&module)
+        {
             return Ok(Stored::Trained(module, parameter));
         }
         Err("a tensor stored in full that no field of the configuration speaks of \
@@ -280,37 +285,6 @@ impl<'a> Explained<'a> {
                 .any(|name| !name.is_empty() && module[..end].ends_with(name))
         })
     }
-}
-
-/// Whether the module is named as the input or output embeddings of transformers' models are: PEFT
-/// saves them whole if the vocabulary was resized, and no field says so.
-fn is_embedding(module: &str) -> bool {
-    const NAMES: [&str; 22] = [
-        "decoder",
-        "embed_in",
-        "embed_out",
-        "embed_tokens",
-        "embedding",
-        "embeddings",
-        "generator_lm_head",
-        "input_embeds_layer",
-        "lm_head",
-        "lm_loss",
-        "output",
-        "output_layer",
-        "output_projection",
-        "shared",
-        "tok_embeddings",
-        "token_embedding",
-        "tokens_embed",
-        "vocab_projector",
-        "word_embedding",
-        "word_embeddings",
-        "word_embeddings_layer",
-        "wte",
-    ];
-    let last = module.rsplit('.').next().unwrap_or(module);
-    NAMES.contains(&last)
 }
 
 const CHECKPOINT: &str = "named after an adapter inside a training checkpoint; save the adapter \
