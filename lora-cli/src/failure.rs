@@ -202,7 +202,7 @@ fn problem_hint(problem: &PlanProblem) -> Option<String> {
         PlanProblem::Tied { .. } => {
             "--tied untie writes both tensors and changes only the trained one, which is what the \
              adapter computes unmerged (a larger model; tie_word_embeddings becomes false); --tied \
-             both changes what they share, as PEFT's merge does"
+             both changes what they share, as PEFT's merge does with LoRA"
         }
         PlanProblem::Groups { .. } => {
             "say which groups were trained, as loralib's enable_lora does: --enable-lora \

@@ -13,7 +13,7 @@ const TIED: &str = "the base ties its output head to its input embedding \
                     change the other";
 const HINT: &str = "hint: --tied untie writes both tensors and changes only the trained one, which \
                     is what the adapter computes unmerged (a larger model; tie_word_embeddings \
-                    becomes false); --tied both changes what they share, as PEFT's merge does\n";
+                    becomes false); --tied both changes what they share, as PEFT's merge does with LoRA\n";
 
 fn merge(scratch: &Scratch, case: &str, more: &[&str]) -> crate::Ran {
     let (base, adapter) = (feature("bases/llama-tied"), feature(&format!("{case}/adapter")));

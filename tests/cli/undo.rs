@@ -73,8 +73,8 @@ fn what_rounding_left_is_counted() {
     assert_eq!(report["targets"][0]["undone"], undone);
     let share = |part: usize| 100.0 * part as f64 / changed.len() as f64;
     let line = format!(
-        "  taken out: {:.2} % of the changed elements are what they were before the merge, {:.2} % \
-         cannot be told from a neighbour\n",
+        "  taken out: if it was merged with this weight, {:.2} % of the changed elements are what \
+         they were before, {:.2} % cannot be told from a neighbour\n",
         share(exact),
         share(changed.len() - exact),
     );
@@ -275,7 +275,7 @@ fn an_adapter_that_was_never_merged_is_noticed() {
     let ran = scratch.cli(&["unmerge", "m", &adapter, "-o", "right"]).done();
     assert!(!ran.stderr.contains("warning") && !ran.stderr.contains("fit no"), "{}", ran.stderr);
     let ran = scratch.cli(&["unmerge", "m", &format!("{adapter}@3"), "-o", "weight"]).done();
-    let warning = "warning: 19 % of the elements are no result of merging this adapter with this \
+    let warning = "warning: 18.5 % of the elements are no result of merging this adapter with this \
                    weight into any BF16 model: was it merged at all, and with this weight?\n";
     assert!(ran.stderr.ends_with(warning), "{}", ran.stderr);
     assert!(ran.stderr.contains(", 18.52 % fit no value\n"), "{}", ran.stderr);

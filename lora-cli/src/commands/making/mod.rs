@@ -112,8 +112,11 @@ enum TiedChoice {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum DtypeChoice {
     Keep,
+    #[value(alias = "float32")]
     F32,
+    #[value(aliases = ["fp16", "float16"])]
     F16,
+    #[value(alias = "bfloat16")]
     Bf16,
 }
 

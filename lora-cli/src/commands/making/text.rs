@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 
 use lora_format::Dtype;
 use lora_format::fingerprint::Verdict;
+use lora_format::model::Note;
+use lora_format::vocabulary;
 use lora_merge::Bytes;
 use lora_merge::MergePlan;
 use lora_merge::names::numberless;
@@ -25,7 +27,8 @@ pub(super) fn announce(making: &Making<'_>) {
     for line in changes_of_shape(plan) {
         printer::talk(&line);
     }
-    printer::notes(&plan.notes);
+    // What PEFT saves twice is in every such adapter; --json lists it.
+    printer::notes(plan.notes.iter().filter(|note| !matches!(note, Note::PassedOver { .. })));
     for ((from, to), count) in &plan.renames {
         let quoted = |prefix: &str| {
             if prefix.is_empty() { "no prefix".to_owned() } else { format!("`{prefix}.`") }
@@ -65,6 +68,19 @@ fn changes_of_shape(plan: &MergePlan) -> Vec<String> {
             )),
             Some(_) => {}
         }
+    }
+    let heads = plan.targets.iter().filter(|target| {
+        let stored = target.parameter.map(|index| &plan.parameters.get(index).shape);
+        let of_vocabulary = vocabulary::is_input_embedding(&target.name)
+            || vocabulary::is_output_head(&target.name);
+        target.shape.len() == 2 && stored != Some(&target.shape) && !of_vocabulary
+    });
+    for head in heads {
+        lines.push(format!(
+            "note: config.json does not describe `{}`: to load it, name its class and \
+             num_labels={}, or set architectures and id2label",
+            head.name, head.shape[0]
+        ));
     }
     if let Some(rows) = plan.vocabulary {
         lines.push(format!("note: the vocabulary becomes {rows} rows"));
@@ -268,8 +284,8 @@ fn recovered_line(report: &MergeReport) -> Option<String> {
     let total = recovered(report)?;
     let share = |part: u64| 100.0 * part as f64 / total.elements as f64;
     Some(format!(
-        "taken out: {:.2} % of the changed elements are what they were before the merge, {:.2} % \
-         cannot be told from a neighbour{}",
+        "taken out: if it was merged with this weight, {:.2} % of the changed elements are what they \
+         were before, {:.2} % cannot be told from a neighbour{}",
         share(total.exact),
         share(total.ambiguous),
         match total.impossible {
@@ -282,9 +298,9 @@ fn recovered_line(report: &MergeReport) -> Option<String> {
 /// More than what another program's double rounding explains.
 fn impossible_warning(report: &MergeReport) -> Option<String> {
     let total = recovered(report)?;
-    (total.impossible * 20 > total.elements).then(|| {
+    (total.impossible * 200 > total.elements).then(|| {
         format!(
-            "warning: {:.0} % of the elements are no result of merging this adapter with this \
+            "warning: {:.1} % of the elements are no result of merging this adapter with this \
              weight into any {} model: was it merged at all, and with this weight?",
             100.0 * total.impossible as f64 / total.elements as f64,
             report.targets.first().map_or("such", |target| target.dtype.name())
