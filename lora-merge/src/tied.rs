@@ -165,10 +165,11 @@ pub(crate) fn resolve(
     if ties.untied && pair.head.is_none() {
         let trained = placed.iter().find(|place| side(place) == Some(Side::Head));
         let embedding = &parameters.get(pair.embedding).name;
+        let known = vocabulary::head_of(embedding)
+            .or_else(|| trained.map(|place| component(place).target.name()));
         // The heads of masked language models have tied biases besides.
         let plain = |name: &String| name.ends_with("lm_head.weight") || name == "embed_out.weight";
-        let known = vocabulary::head_of(embedding).filter(plain);
-        match known.or_else(|| trained.map(|place| component(place).target.name())) {
+        match known.filter(plain) {
             Some(name) => ties.head = Some(Head { name, embedding: pair.embedding }),
             None => {
                 problems.push(PlanProblem::NamelessHead { embedding: embedding.clone() });

@@ -25,6 +25,7 @@ mod realised;
 mod resolve;
 mod strict;
 mod support;
+mod tied;
 mod undo;
 
 use std::collections::BTreeMap;
@@ -162,6 +163,7 @@ impl Case {
 }
 
 /// A finished merge.
+#[derive(Debug)]
 struct Merged {
     output: PathBuf,
     report: MergeReport,

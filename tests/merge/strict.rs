@@ -152,3 +152,69 @@ fn what_is_saved_in_full_does_not_make_up_for_a_wrong_base() {
         assert!(text.contains(named) && text.contains("no such parameter"), "{case}: {text}");
     }
 }
+
+/// A bias is not that of another tower because this one's layer has none.
+#[test]
+fn the_parameters_of_a_module_are_those_of_one_module() {
+    let mut prng = Prng::new(31);
+    let tensor = |prng: &mut Prng, name: &str, shape: &[usize]| {
+        Tensor::random(prng, name, Dtype::F32, shape, 1.0)
+    };
+    let base = [
+        tensor(&mut prng, "model.layers.0.fc.weight", &[4, 6]),
+        tensor(&mut prng, "thinker.model.layers.0.fc.weight", &[4, 6]),
+        tensor(&mut prng, "thinker.model.layers.0.fc.bias", &[4]),
+    ];
+    let case = Case::file(
+        &base,
+        &[Factors::random(&mut prng, "model.layers.0.fc", (4, 6, 2), Dtype::F32, 0.1)],
+    );
+    let weights = case.adapter.join("adapter_model.safetensors");
+    let mut tensors: Vec<Tensor> = read_tensors(&weights).into_values().collect();
+    tensors.push(tensor(&mut prng, "base_model.model.model.layers.0.fc.base_layer.bias", &[4]));
+    write_tensors(&weights, &tensors, &[("format", "pt")]);
+    let config = case.adapter.join("adapter_config.json");
+    let mut fields = crate::support::read_json(&config);
+    fields["bias"] = serde_json::json!("all");
+    crate::support::write_json(&config, &fields);
+    let text = case.refusal(&MergeOptions::default());
+    assert!(text.contains("`model.layers.0.fc.bias`: the base has no such parameter"), "{text}");
+}
+
+/// Only a vocabulary or a head may be replaced by something of another size.
+#[test]
+fn what_replaces_a_parameter_has_its_shape() {
+    let mut prng = Prng::new(32);
+    let base = [
+        Tensor::random(&mut prng, "model.layers.0.q.weight", Dtype::F32, &[4, 6], 1.0),
+        Tensor::random(&mut prng, "model.norm.weight", Dtype::F32, &[6], 1.0),
+        Tensor::random(&mut prng, "score.weight", Dtype::F32, &[2, 6], 1.0),
+    ];
+    let replaced = |name: &str, shape: &[usize]| {
+        let mut prng = Prng::new(33);
+        let factors = Factors::random(&mut prng, "model.layers.0.q", (4, 6, 2), Dtype::F32, 0.1);
+        let case = Case::file(&base, &[factors]);
+        let weights = case.adapter.join("adapter_model.safetensors");
+        let mut tensors: Vec<Tensor> = read_tensors(&weights).into_values().collect();
+        let name = format!("base_model.model.{name}");
+        tensors.push(Tensor::random(&mut prng, &name, Dtype::F32, shape, 1.0));
+        write_tensors(&weights, &tensors, &[("format", "pt")]);
+        let config = case.adapter.join("adapter_config.json");
+        let mut fields = crate::support::read_json(&config);
+        fields["modules_to_save"] = serde_json::json!(["norm", "score", "q"]);
+        crate::support::write_json(&config, &fields);
+        case
+    };
+    for (name, shape) in [
+        ("model.norm.weight", &[77][..]),
+        ("model.norm.weight", &[6, 6]),
+        ("score.weight", &[2, 7]),
+        ("score.weight", &[12]),
+    ] {
+        let text = replaced(name, shape).refusal(&MergeOptions::default());
+        assert!(text.contains("only a vocabulary or a head may have"), "{name} {shape:?}: {text}");
+    }
+    let merged = replaced("score.weight", &[5, 6]);
+    let merged = merged.merge(&MergeOptions::default(), &RunOptions::default()).unwrap();
+    assert_eq!(merged.tensors["score.weight"].shape, [5, 6]);
+}
