@@ -397,6 +397,8 @@ pub enum AdapterProblem {
          names do not fit them"
     )]
     Groups { module: String, stored: usize, enabled: usize },
+    #[error(transparent)]
+    Expansion(#[from] ExpansionLimit),
     #[error("`{tensor}`: dtype {dtype}; indices must be I32 or I64")]
     IndexDtype { tensor: String, dtype: Dtype },
     #[error("`{module}`: its two products are {one} and {other}, and should be alike")]
@@ -407,6 +409,41 @@ pub enum AdapterProblem {
     NoTokens { tensor: String },
     #[error("`{tensor}`: the configuration's token tables {first:?} and {second:?} both fit it")]
     ContestedTokens { tensor: String, first: String, second: String },
+}
+
+/// A factor that is stored without its zeros would take too much memory with them
+/// ([`limits::EXPANSION_BYTES`](crate::limits::EXPANSION_BYTES)).
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "`{tensor}` is stored without its zeros and would take {bytes} bytes with them{}; the limit \
+     for an adapter of this size is {limit}",
+    after(*taken)
+)]
+pub struct ExpansionLimit {
+    /// The factor, as it is named in the file.
+    pub tensor: String,
+    /// What it would take.
+    pub bytes: u64,
+    /// What the adapter's other factors took before.
+    pub taken: u64,
+    /// What all may take together.
+    pub limit: u64,
+}
+
+fn after(taken: u64) -> String {
+    if taken == 0 { String::new() } else { format!(", after {taken} for others") }
+}
+
+/// Why factors that are stored without their zeros cannot be written out.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ExpansionProblem {
+    /// The shapes are not those of such factors.
+    #[error("the shapes are not those of such factors")]
+    Shape,
+    /// They would take too much memory.
+    #[error(transparent)]
+    TooLarge(#[from] ExpansionLimit),
 }
 
 fn list_unsupported(features: &[Unsupported]) -> String {

@@ -38,3 +38,11 @@ pub const PATTERN_MATCHES: u64 = 20_000_000;
 pub const RANK: usize = 65_536;
 /// Blocks of a block-diagonal factor that is stored without its zeros.
 pub const BLOCKS: usize = 256;
+/// Bytes that the factors of one adapter which are stored without their zeros may take together
+/// once the zeros are written out. The largest adapters in use stay below: loralib's rank 64 on
+/// the fused projections of GPT-2 XL takes 0.2 GB, BD-LoRA's on a model of 8 billion parameters
+/// 0.4 GB.
+pub const EXPANSION_BYTES: u64 = 1024 * 1024 * 1024;
+/// The same as a multiple of the bytes that the adapter stores, if that is less: a convolution of
+/// k × k takes up to k², with k up to 8.
+pub const EXPANSION_FACTOR: u64 = 64;

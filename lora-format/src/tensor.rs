@@ -23,7 +23,8 @@ pub struct Tensor {
 #[derive(Clone, Debug)]
 enum Data {
     Mapped { file: Arc<MappedFile>, range: Range<usize> },
-    Owned(Arc<[u8]>),
+    // Not `Arc<[u8]>`, which could only be made by copying the bytes.
+    Owned(Arc<Vec<u8>>),
 }
 
 /// A mapping with the file that it is of.
@@ -47,7 +48,7 @@ impl Tensor {
             name,
             dtype,
             shape,
-            data: Data::Owned(bytes.into()),
+            data: Data::Owned(Arc::new(bytes)),
         })
     }
 

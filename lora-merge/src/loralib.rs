@@ -1,7 +1,8 @@
 //! loralib's factors, whose kind of layer only the base tells: those of a fused projection or of a
 //! convolution become what every other adapter has.
 
-use lora_format::codec::loralib;
+use lora_format::ExpansionProblem;
+use lora_format::codec::loralib::{self, Expansions};
 use lora_format::model::{AdapterFormat, Form, Layer, LowRank};
 
 use crate::error::PlanProblem;
@@ -16,6 +17,8 @@ pub(crate) fn expand(
     parameters: &Parameters,
     problems: &mut Vec<PlanProblem>,
 ) {
+    let mut expansions: Vec<Expansions> =
+        adapters.iter().map(|one| Expansions::of(&one.adapter)).collect();
     for place in placed {
         let adapter = &mut adapters[place.adapter].adapter;
         let Some(index) = place.parameter.filter(|_| adapter.format == AdapterFormat::Loralib)
@@ -28,33 +31,41 @@ pub(crate) fn expand(
         if kept {
             continue;
         }
-        match expanded(stored, &parameter.shape) {
-            Some(linear) => *stored = linear,
-            None if stored.layer == Layer::Merged => {
+        match expanded(stored, &parameter.shape, &mut expansions[place.adapter]) {
+            Ok(linear) => *stored = linear,
+            Err(ExpansionProblem::TooLarge(limit)) => {
+                let problem = format!("a factor that takes too much memory: {limit}");
+                problems.push(PlanProblem::Form { parameter: parameter.name.clone(), problem });
+            }
+            Err(_) if stored.layer == Layer::Merged => {
                 problems.push(PlanProblem::Groups { parameter: parameter.name.clone() });
             }
             // The shapes are compared later, and shown.
-            None => {}
+            Err(_) => {}
         }
     }
 }
 
 /// The change that the factors form on a parameter of this shape. Where every group of a fused
 /// projection has factors, the parameter has as many rows as they have together.
-fn expanded(stored: &LowRank, shape: &[usize]) -> Option<LowRank> {
+fn expanded(
+    stored: &LowRank,
+    shape: &[usize],
+    expansions: &mut Expansions,
+) -> Result<LowRank, ExpansionProblem> {
     match (stored.layer, shape) {
         (Layer::Merged, &[rows, cols]) => {
             let (&[a_rows, _], &[outputs, rank]) =
                 (stored.a.shape.as_slice(), stored.b.shape.as_slice())
             else {
-                return None;
+                return Err(ExpansionProblem::Shape);
             };
             // Conv1D stores (in, out).
             let all = outputs == rows || outputs == cols;
-            let groups = a_rows.checked_div(rank).filter(|_| all)?;
-            loralib::merged(stored, &vec![true; groups])
+            let groups = a_rows.checked_div(rank).filter(|_| all).ok_or(ExpansionProblem::Shape)?;
+            loralib::merged(stored, &vec![true; groups], expansions)
         }
-        (Layer::Linear, &[..]) => loralib::convolution(stored, shape),
-        _ => None,
+        (Layer::Linear, &[..]) => loralib::convolution(stored, shape, expansions),
+        _ => Err(ExpansionProblem::Shape),
     }
 }

@@ -2,6 +2,7 @@
 //! write is compared with what is there.
 
 use std::collections::BTreeSet;
+use std::fmt;
 use std::fs::File;
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
@@ -65,9 +66,65 @@ pub struct Worst {
     /// Its place in the tensor.
     pub index: Vec<usize>,
     /// What the merge makes.
-    pub expected: f64,
+    pub expected: Number,
     /// What the model has.
-    pub found: f64,
+    pub found: Number,
+}
+
+impl Worst {
+    /// How far the two values are apart; what is not a number is farthest.
+    pub fn distance(&self) -> f64 {
+        self.expected.distance(self.found)
+    }
+}
+
+/// The value of an element.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Number {
+    /// Of a float.
+    Float(f64),
+    /// Of an integer or a truth value; of a dtype whose numbers are not known here, its bits.
+    Integer(i128),
+}
+
+impl Number {
+    /// Of the little-endian bytes of an element.
+    fn of(dtype: Dtype, bytes: &[u8]) -> Number {
+        let mut word = [0; 8];
+        let length = bytes.len().min(8);
+        word[..length].copy_from_slice(&bytes[..length]);
+        let bits = u64::from_le_bytes(word);
+        match (dtype, float_type(dtype)) {
+            (_, Some(float)) => Number::Float(f64::from(float.decode(bits as u32))),
+            (Dtype::F64, _) => Number::Float(f64::from_bits(bits)),
+            (Dtype::I8, _) => Number::Integer(i128::from(bits as i8)),
+            (Dtype::I16, _) => Number::Integer(i128::from(bits as i16)),
+            (Dtype::I32, _) => Number::Integer(i128::from(bits as i32)),
+            (Dtype::I64, _) => Number::Integer(i128::from(bits as i64)),
+            _ => Number::Integer(i128::from(bits)),
+        }
+    }
+
+    /// How far two values of one dtype are apart; what is not a number is farthest.
+    fn distance(self, other: Number) -> f64 {
+        match (self, other) {
+            (Number::Float(one), Number::Float(other)) => {
+                let distance = (one - other).abs();
+                if distance.is_nan() { f64::INFINITY } else { distance }
+            }
+            (Number::Integer(one), Number::Integer(other)) => one.abs_diff(other) as f64,
+            _ => f64::INFINITY,
+        }
+    }
+}
+
+impl fmt::Display for Number {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Number::Float(value) => value.fmt(f),
+            Number::Integer(value) => value.fmt(f),
+        }
+    }
 }
 
 impl VerifyReport {
@@ -175,8 +232,8 @@ struct Found {
 struct Element {
     steps: u64,
     index: u64,
-    expected: f64,
-    found: f64,
+    expected: Number,
+    found: Number,
 }
 
 impl Sink for CompareSink<'_> {
@@ -235,7 +292,8 @@ fn compare(dtype: Dtype, first_byte: u64, made: &[u8], there: &[u8], counterpart
         found.steps = found.steps.max(element.steps);
         // Runs come in any order: of equals, the first in the tensor.
         let worse = found.worst.as_ref().is_none_or(|worst| {
-            let order = element.distance().total_cmp(&worst.distance());
+            let distance = |element: &Element| element.expected.distance(element.found);
+            let order = distance(&element).total_cmp(&distance(worst));
             order.then(worst.index.cmp(&element.index)).is_gt()
         });
         if worse {
@@ -245,33 +303,20 @@ fn compare(dtype: Dtype, first_byte: u64, made: &[u8], there: &[u8], counterpart
 }
 
 impl Element {
-    /// How far the two values are apart; what is not a number is farthest.
-    fn distance(&self) -> f64 {
-        let distance = (self.expected - self.found).abs();
-        if distance.is_nan() { f64::INFINITY } else { distance }
-    }
-
     fn of(dtype: Dtype, index: u64, made: &[u8], there: &[u8]) -> Element {
-        let word = |bytes: &[u8]| {
-            let mut word = [0; 4];
-            let length = bytes.len().min(4);
-            word[..length].copy_from_slice(&bytes[..length]);
-            u32::from_le_bytes(word)
-        };
-        let (made, there) = (word(made), word(there));
-        match float_type(dtype) {
-            Some(float) => Element {
-                steps: steps_between(float, made, there).unwrap_or(u64::MAX),
-                index,
-                expected: f64::from(float.decode(made)),
-                found: f64::from(float.decode(there)),
-            },
-            None => Element {
-                steps: u64::MAX,
-                index,
-                expected: f64::from(made),
-                found: f64::from(there),
-            },
+        let steps = float_type(dtype).and_then(|float| {
+            let bits = |bytes: &[u8]| match *bytes {
+                [a, b] => u32::from(u16::from_le_bytes([a, b])),
+                [a, b, c, d] => u32::from_le_bytes([a, b, c, d]),
+                _ => 0,
+            };
+            steps_between(float, bits(made), bits(there))
+        });
+        Element {
+            steps: steps.unwrap_or(u64::MAX),
+            index,
+            expected: Number::of(dtype, made),
+            found: Number::of(dtype, there),
         }
     }
 }
@@ -311,4 +356,66 @@ fn place(mut index: u64, shape: &[usize]) -> Vec<usize> {
         index /= length;
     }
     place
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The worst of the elements that differ, and how many do.
+    fn worst(dtype: Dtype, made: &[u8], there: &[u8]) -> (u64, u64, String, String) {
+        let counterpart = Counterpart { location: None, found: Mutex::default() };
+        compare(dtype, 0, made, there, &counterpart);
+        let found = counterpart.found.into_inner().unwrap();
+        let worst = found.worst.unwrap();
+        assert!(worst.expected.distance(worst.found) > 0.0, "{dtype}");
+        (found.different, worst.index, worst.expected.to_string(), worst.found.to_string())
+    }
+
+    fn bytes<const N: usize>(elements: &[[u8; N]]) -> Vec<u8> {
+        elements.concat()
+    }
+
+    #[test]
+    fn elements_are_read_as_their_dtype() {
+        let text = |expected: &str, found: &str| (expected.to_owned(), found.to_owned());
+        let check = |dtype, made: &[u8], there: &[u8], values: (String, String)| {
+            assert_eq!(worst(dtype, made, there), (1, 0, values.0, values.1), "{dtype}");
+        };
+        // What differs is in the upper half.
+        let (one, two) = (1_i64 << 40, -(1_i64 << 40));
+        let values = text("1099511627776", "-1099511627776");
+        check(Dtype::I64, &one.to_le_bytes(), &two.to_le_bytes(), values);
+        // Neighbours that are one f64.
+        let (one, two) = (u64::MAX, u64::MAX - 1);
+        let values = text("18446744073709551615", "18446744073709551614");
+        check(Dtype::U64, &one.to_le_bytes(), &two.to_le_bytes(), values);
+        let (one, two) = (1.5_f64, -0.25_f64);
+        check(Dtype::F64, &one.to_le_bytes(), &two.to_le_bytes(), text("1.5", "-0.25"));
+        check(Dtype::I32, &(-7_i32).to_le_bytes(), &9_i32.to_le_bytes(), text("-7", "9"));
+        check(Dtype::U32, &u32::MAX.to_le_bytes(), &[0; 4], text("4294967295", "0"));
+        check(Dtype::I16, &(-2_i16).to_le_bytes(), &[1, 0], text("-2", "1"));
+        check(Dtype::U16, &[0xFF, 0xFF], &[1, 0], text("65535", "1"));
+        check(Dtype::I8, &[0xFF], &[1], text("-1", "1"));
+        check(Dtype::U8, &[0xFF], &[1], text("255", "1"));
+        check(Dtype::Bool, &[1], &[0], text("1", "0"));
+        check(Dtype::Bf16, &[0x80, 0x3F], &[0x80, 0xBF], text("1", "-1"));
+        check(Dtype::F32, &2.5_f32.to_le_bytes(), &[0; 4], text("2.5", "0"));
+        // Bits, where nothing better is known; and never less than all of them.
+        check(Dtype::C64, &[0; 8], &[0, 0, 0, 0, 1, 0, 0, 0], text("0", "4294967296"));
+    }
+
+    #[test]
+    fn the_worst_is_by_value() {
+        let made = bytes(&[1, 0, 5].map(|value: i64| value.to_le_bytes()));
+        let there = bytes(&[0, 1 << 33, 5].map(|value: i64| value.to_le_bytes()));
+        let of = |made: &[u8], there: &[u8]| worst(Dtype::I64, made, there);
+        let far = "8589934592".to_owned();
+        assert_eq!(of(&made, &there), (2, 1, "0".to_owned(), far.clone()));
+        assert_eq!(of(&there, &made), (2, 1, far, "0".to_owned()));
+        let made = bytes(&[1.0, f64::NAN, 3.0].map(f64::to_le_bytes));
+        let there = bytes(&[1e300, 2.0, 3.0].map(f64::to_le_bytes));
+        let found = worst(Dtype::F64, &made, &there);
+        assert_eq!(found, (2, 1, "NaN".to_owned(), "2".to_owned()));
+    }
 }

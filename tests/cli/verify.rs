@@ -90,6 +90,50 @@ fn several_adapters_with_weights_and_the_choice_of_tied_tensors() {
     assert!(said(&ran, 1).contains("`lm_head.weight`: not made by the merge\n"), "{}", ran.stdout);
 }
 
+/// Which way a value was rounded depends on the seed and on its place, and on nothing else.
+#[test]
+fn stochastic_rounding_is_repeated_from_its_seed() {
+    let scratch = Scratch::with_directory();
+    let rounding = ["--rounding", "stochastic", "--seed", "7"];
+    let making = ["merge", "base.safetensors", "lora", "-o", "m"];
+    scratch.cli(&[&making[..], &rounding].concat()).done();
+    let agrees = "agrees: 2 of 2 tensors are bit for bit what the merge makes\n";
+    assert_eq!(said(&verify(&scratch, "m", &rounding), 0), agrees);
+    let threads = [&rounding[..], &["--threads", "3"]].concat();
+    assert_eq!(said(&verify(&scratch, "m", &threads), 0), agrees);
+    let differs = "DIFFERS: 1 of 2 tensors are bit for bit what the merge makes, 1 differ\n";
+    for other in [&["--rounding", "stochastic", "--seed", "8"][..], &rounding[..2], &[]] {
+        assert!(said(&verify(&scratch, "m", other), 1).ends_with(differs), "{other:?}");
+    }
+}
+
+/// Integers are shown as such, to the last digit.
+#[test]
+fn integers_are_read_as_integers() {
+    let scratch = Scratch::new();
+    let positions = |value: i64| {
+        let mut tensor = Tensor::zeros("model.positions", Dtype::I64, &[3]);
+        tensor.data[8..16].copy_from_slice(&value.to_le_bytes());
+        tensor
+    };
+    let path = scratch.path("base.safetensors");
+    let mut base: Vec<Tensor> = read_tensors(&path).into_values().collect();
+    base.push(positions(1 << 60));
+    write_tensors(&path, &base, &[]);
+    tampered(&scratch, "more", |tensors| {
+        tensors.retain(|tensor| tensor.name != "model.positions");
+        tensors.push(positions((1 << 60) + 1));
+    });
+    let line = "`model.positions`: 1 of 3 elements differ; the worst is [1]: 1152921504606846976 \
+                expected, 1152921504606846977 found\n";
+    assert!(said(&verify(&scratch, "more", &[]), 1).starts_with(line));
+    let ran = verify(&scratch, "more", &["--json"]);
+    let report: Value = serde_json::from_str(said(&ran, 1)).unwrap();
+    let different = &report["different"][0];
+    assert_eq!(different["worst_expected"], 1_152_921_504_606_846_976_u64);
+    assert_eq!(different["worst_found"], 1_152_921_504_606_846_977_u64);
+}
+
 #[test]
 fn one_element_is_found_and_named() {
     let scratch = Scratch::new();

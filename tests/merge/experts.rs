@@ -991,6 +991,83 @@ fn the_order_of_registration_decides_where_it_is_known() {
     case.merge(&options, &RunOptions::default()).unwrap();
 }
 
+/// The factors of so many parameters of one module, all of one shape, nested in each other.
+fn nested_parameters(trained: usize, named: usize) -> Case {
+    let mut prng = Prng::new(9);
+    let module = "model.layers.0.mixer.experts";
+    let names: Vec<String> = (0..named).map(|number| format!("a{number}")).collect();
+    let base: Vec<Tensor> = names
+        .iter()
+        .map(|name| Tensor::zeros(&format!("{module}.{name}"), Dtype::F32, &[3, 4, 6]))
+        .collect();
+    let factors: Vec<Factors> = (0..trained)
+        .map(|depth| {
+            let name = format!("{module}{}", ".base_layer".repeat(depth));
+            stacked_factors(&mut prng, &name, Layout::Peft, false, (3, 4, 6), (2, 1.0)).0
+        })
+        .collect();
+    let case = Case::directory(&json!({}), &base, &[]);
+    let targets: Vec<String> = names.iter().map(|name| format!("mixer.experts.{name}")).collect();
+    let config = json!({"r": 2, "lora_alpha": 2, "target_parameters": targets});
+    write_adapter(&case.adapter, &factors, &config);
+    case
+}
+
+/// There are n! orders of n parameters of one shape: two of them are as many as anyone needs.
+#[test]
+fn orders_are_not_enumerated() {
+    let options = MergeOptions::default();
+    let refused = nested_parameters(4, 4).refusal(&options);
+    let orders = "in more than one order (such as a0, a1, a2, a3 and a0, a1, a3, a2), and";
+    assert!(refused.contains(orders), "{refused}");
+    let refused = nested_parameters(1, 8).refusal(&options);
+    assert!(refused.contains("(such as a0 and a1)"), "{refused}");
+    let refused = nested_parameters(5, 5).refusal(&options);
+    let known = "`model.layers.0.mixer.experts`: factors of 5 nested parameters, of at most 4";
+    assert!(refused.contains(known), "{refused}");
+    let refused = nested_parameters(1, 9).refusal(&options);
+    assert!(refused.contains("names 9 of its parameters, of at most 8 known"), "{refused}");
+}
+
+/// One expert's projection has several names, and an adapter may use only one of them.
+#[test]
+fn two_names_of_one_projection_are_refused() {
+    let mut prng = Prng::new(12);
+    let layers = [random_layer(&mut prng, 2, 4, 6)];
+    let mut attempt = |storage: Storage, model: &str, modules: &[&str]| {
+        let factors: Vec<Factors> = modules
+            .iter()
+            .map(|module| {
+                let module = format!("model.layers.0.{module}");
+                let out = if module.contains("gate_up") { 8 } else { 4 };
+                Factors::random(&mut prng, &module, (out, 6, 2), Dtype::F32, 1.0)
+            })
+            .collect();
+        let case =
+            Case::directory(&json!({"model_type": model}), &storage.write(0, &layers[0]), &factors);
+        case.plan(&MergeOptions::default()).err().map(|error| error.to_string())
+    };
+    let fused = bases()[0].0;
+    let names = ["block_sparse_moe.experts.0.w1", "mlp.experts.0.gate_proj", "mlp.experts.0.w1"];
+    for storage in [fused, MIXTRAL] {
+        for pair in [[names[0], names[1]], [names[1], names[2]], [names[0], names[2]]] {
+            let refused = attempt(storage, "qwen3_moe", &pair).unwrap();
+            assert!(refused.contains("both resolve to"), "{refused}");
+            assert_eq!(refused.matches("both resolve to").count(), 1, "{refused}");
+        }
+        assert!(attempt(storage, "qwen3_moe", &names).unwrap().contains("2 problems"));
+        // Other experts, and other projections of the same.
+        let apart = ["mlp.experts.0.gate_proj", "mlp.experts.1.w1", "mlp.experts.0.w3"];
+        assert_eq!(attempt(storage, "qwen3_moe", &apart), None);
+    }
+    let parts = ["mlp.experts.gate_up_projs.0", "mlp.experts.0.up_proj"];
+    let refused = attempt(fused, "qwen3_moe", &parts).unwrap();
+    let words = "`model.layers.0.mlp.experts.0.up_proj` and \
+                 `model.layers.0.mlp.experts.gate_up_projs.0` both resolve to \
+                 `model.layers.0.mlp.experts.gate_up_proj`";
+    assert!(refused.contains(words), "{refused}");
+}
+
 /// The terms of a stacked adapter and an ordinary one share the matrix of an expert.
 #[test]
 fn adapters_of_both_kinds_add_up() {

@@ -10,7 +10,7 @@ use lora_merge::assets::{Assets, TokenizerSource};
 use lora_merge::engine::{Progress, RunOptions};
 use lora_merge::output::{self, OutputOptions};
 use lora_merge::report::{MergeReport, Recovered};
-use lora_merge::verify::{VerifyReport, verify};
+use lora_merge::verify::{Number, VerifyReport, verify};
 use lora_merge::{MergeOptions, MergePlan, Result, WeightedAdapter};
 use serde_json::json;
 
@@ -184,7 +184,7 @@ fn verification_finds_the_one_element_that_differs() {
     let [one] = report.different.as_slice() else { panic!("{report:?}") };
     assert_eq!((one.tensor.as_str(), one.different, one.steps), ("m.0.q.weight", 1, Some(2)));
     assert_eq!(one.worst.index, [4, 17]);
-    assert_eq!(one.worst.found, tensors[1].values()[417]);
+    assert_eq!(one.worst.found, Number::Float(tensors[1].values()[417]));
     assert!(!report.agrees(1) && report.agrees(2));
 
     // Another tensor, one too few, one of another shape.

@@ -7,7 +7,7 @@ use clap::Args;
 use lora_format::checkpoint::Checkpoint;
 use lora_merge::MergePlan;
 use lora_merge::engine::Progress;
-use lora_merge::verify::{self, Difference, VerifyReport};
+use lora_merge::verify::{self, Difference, Number, VerifyReport};
 use serde::Serialize;
 
 use super::making::{AdapterArgument, EngineArguments, PlanArguments};
@@ -21,7 +21,8 @@ use crate::{printer, progress};
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   lora-cli verify Llama-3-8B-mine --base Llama-3-8B --adapter ./my-lora
-  lora-cli verify merged --base base --adapter ./a@0.7 ./b@0.3 --ulp 1 --json")]
+  lora-cli verify merged --base base --adapter ./a@0.7 ./b@0.3 --ulp 1 --json
+  lora-cli verify merged --base base --adapter ./a --rounding stochastic --seed 7")]
 pub(crate) struct Arguments {
     /// The merged model
     merged: PathBuf,
@@ -66,9 +67,26 @@ struct JsonDifference<'a> {
     elements: u64,
     different: u64,
     worst_index: &'a [usize],
-    worst_expected: f64,
-    worst_found: f64,
+    worst_expected: JsonNumber,
+    worst_found: JsonNumber,
     steps: Option<u64>,
+}
+
+/// A number as JSON has it: one that is not finite is null.
+#[derive(Debug, Serialize)]
+#[serde(untagged)]
+enum JsonNumber {
+    Float(f64),
+    Integer(i128),
+}
+
+impl From<Number> for JsonNumber {
+    fn from(number: Number) -> JsonNumber {
+        match number {
+            Number::Float(value) => JsonNumber::Float(value),
+            Number::Integer(value) => JsonNumber::Integer(value),
+        }
+    }
 }
 
 #[derive(Debug, Serialize)]
@@ -122,8 +140,8 @@ fn describe<'a>(arguments: &Arguments, report: &'a VerifyReport, agrees: bool) -
                 elements: one.elements,
                 different: one.different,
                 worst_index: &one.worst.index,
-                worst_expected: one.worst.expected,
-                worst_found: one.worst.found,
+                worst_expected: one.worst.expected.into(),
+                worst_found: one.worst.found.into(),
                 steps: one.steps,
             })
             .collect(),
@@ -151,11 +169,7 @@ fn text(arguments: &Arguments, report: &VerifyReport, agrees: bool) -> String {
     // What is within --ulp is no difference to show.
     let off = |one: &&Difference| one.steps.is_none_or(|steps| steps > arguments.ulp);
     let mut different: Vec<&Difference> = report.different.iter().filter(off).collect();
-    let distance = |one: &Difference| {
-        let distance = (one.worst.expected - one.worst.found).abs();
-        if distance.is_nan() { f64::INFINITY } else { distance }
-    };
-    different.sort_by(|a, b| distance(b).total_cmp(&distance(a)));
+    different.sort_by(|a, b| b.worst.distance().total_cmp(&a.worst.distance()));
     let differences = different.iter().map(|one| {
         let steps = match one.steps {
             Some(steps) => format!(" (by {steps} ulp at most)"),

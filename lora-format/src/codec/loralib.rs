@@ -16,9 +16,9 @@ use std::collections::BTreeMap;
 use serde_json::Map;
 
 use super::ReadOptions;
-use crate::blocks;
+use crate::blocks::{self, Move};
 use crate::container::safetensors::{Header, SafetensorsFile};
-use crate::error::{AdapterProblem, DetectProblem, Error, Result};
+use crate::error::{AdapterProblem, DetectProblem, Error, ExpansionProblem, Result};
 use crate::factors::{self, FactorTensors};
 use crate::fingerprint::BaseIdentity;
 use crate::limits;
@@ -26,6 +26,8 @@ use crate::model::{
     Adapter, AdapterFormat, Component, Form, Layer, LowRank, Note, Scaling, ScalingRule, Target,
 };
 use crate::tensor::{self, Tensor};
+
+pub use crate::blocks::Expansions;
 
 const A_SUFFIX: &str = ".lora_A";
 const B_SUFFIX: &str = ".lora_B";
@@ -66,9 +68,11 @@ pub(super) fn read(file: &SafetensorsFile, options: &ReadOptions) -> Result<Adap
             problems.push(AdapterProblem::UnusedTensor { tensor: tensor.name });
         }
     }
+    let stored = file.header().tensors.iter().map(|tensor| tensor.end - tensor.start);
+    let mut expansions = Expansions::new(stored.sum());
     for (module, factors) in modules {
-        let built =
-            low_rank(&module, factors, scaling, options.enable_lora.as_deref(), &mut problems);
+        let groups = options.enable_lora.as_deref();
+        let built = low_rank(&module, factors, scaling, groups, &mut expansions, &mut problems);
         if let Some(low_rank) = built {
             let target = Target::weight(module);
             components.push(Component { target, form: Form::LowRank(low_rank) });
@@ -102,6 +106,7 @@ fn low_rank(
     factors: FactorTensors,
     scaling: Scaling,
     enable_lora: Option<&[bool]>,
+    expansions: &mut Expansions,
     problems: &mut Vec<AdapterProblem>,
 ) -> Option<LowRank> {
     let groups = match (&factors.a, &factors.b) {
@@ -132,19 +137,33 @@ fn low_rank(
         let Some(enable_lora) = enable_lora else {
             return Some(fused);
         };
-        let expanded = merged(&fused, enable_lora);
-        if expanded.is_none() {
-            let (module, enabled) = (module.to_owned(), enabled(enable_lora));
-            problems.push(AdapterProblem::Groups { module, stored: groups, enabled });
-        }
-        return expanded;
+        return merged(&fused, enable_lora, expansions)
+            .map_err(|problem| problems.push(group_problem(module, groups, enable_lora, problem)))
+            .ok();
     }
     let names = (format!("{module}{A_SUFFIX}"), format!("{module}{B_SUFFIX}"));
     let low_rank = factors::low_rank(module, factors, names, scaling, problems)?;
     // A fused projection with one enabled group looks like a linear layer of that group alone.
     match enable_lora.filter(|groups| enabled(groups) == 1 && groups.len() > 1) {
-        Some(groups) => merged(&low_rank, groups),
+        Some(groups) => merged(&low_rank, groups, expansions)
+            .map_err(|problem| problems.push(group_problem(module, 1, groups, problem)))
+            .ok(),
         None => Some(low_rank),
+    }
+}
+
+fn group_problem(
+    module: &str,
+    stored: usize,
+    enable_lora: &[bool],
+    problem: ExpansionProblem,
+) -> AdapterProblem {
+    match problem {
+        ExpansionProblem::TooLarge(limit) => limit.into(),
+        ExpansionProblem::Shape => {
+            let (module, enabled) = (module.to_owned(), enabled(enable_lora));
+            AdapterProblem::Groups { module, stored, enabled }
+        }
     }
 }
 
@@ -168,59 +187,80 @@ fn fused_groups(a: &Tensor, b: &Tensor) -> Option<usize> {
 /// change `enable_lora` tells: B becomes block-diagonal, with rows of zeros for the other groups.
 /// Where all groups have one, [`Layer::Merged`] needs no more than the weight's rows to be known.
 ///
-/// `None` if the factors are not those of as many groups.
-pub fn merged(fused: &LowRank, enable_lora: &[bool]) -> Option<LowRank> {
+/// # Errors
+/// [`ExpansionProblem::Shape`] if the factors are not those of as many groups, and
+/// [`ExpansionProblem::TooLarge`] if they take too much memory.
+pub fn merged(
+    fused: &LowRank,
+    enable_lora: &[bool],
+    expansions: &mut Expansions,
+) -> Result<LowRank, ExpansionProblem> {
     let groups = enabled(enable_lora);
-    let &[rows, _] = fused.a.shape.as_slice() else {
-        return None;
+    let (&[rows, _], &[outputs, rank]) = (fused.a.shape.as_slice(), fused.b.shape.as_slice())
+    else {
+        return Err(ExpansionProblem::Shape);
     };
-    let &[outputs, rank] = fused.b.shape.as_slice() else {
-        return None;
-    };
-    if groups == 0 || rank.checked_mul(groups) != Some(rows) || outputs % groups != 0 {
-        return None;
+    if !(1..=limits::BLOCKS).contains(&groups)
+        || rank.checked_mul(groups) != Some(rows)
+        || outputs % groups != 0
+    {
+        return Err(ExpansionProblem::Shape);
     }
     let places: Vec<usize> = (0..enable_lora.len()).filter(|&group| enable_lora[group]).collect();
-    let all_rows = (outputs / groups).checked_mul(enable_lora.len())?;
-    let blocks = blocks::block_diagonal(&fused.b, groups)?;
-    let b = blocks::spread_rows(&blocks, &places, all_rows)?;
+    let height = outputs / groups;
+    let all_rows = height.checked_mul(enable_lora.len()).ok_or(ExpansionProblem::Shape)?;
+    let moves = places.iter().enumerate().flat_map(|(block, &place)| {
+        (0..height).map(move |row| Move {
+            from: block * height + row,
+            to: place * height + row,
+            block,
+        })
+    });
+    let b = blocks::scatter(&fused.b, (all_rows, groups), moves, expansions)?;
     let scaling = scaled_up(fused.scaling, groups);
-    Some(LowRank::linear(fused.a.clone(), b, scaling))
+    Ok(LowRank::linear(fused.a.clone(), b, scaling))
 }
 
 /// The change of a convolution of `shape`, (out, in, k, k), that loralib's factors form: their
 /// product is (out·k) × (in·k) and has the weight's elements in the weight's order. So the k rows
 /// of B that belong to one output lie side by side, and A stands k times on a diagonal.
 ///
-/// `None` if the factors are not those of such a convolution.
-pub fn convolution(stored: &LowRank, shape: &[usize]) -> Option<LowRank> {
+/// # Errors
+/// [`ExpansionProblem::Shape`] if the factors are not those of such a convolution, and
+/// [`ExpansionProblem::TooLarge`] if they take too much memory.
+pub fn convolution(
+    stored: &LowRank,
+    shape: &[usize],
+    expansions: &mut Expansions,
+) -> Result<LowRank, ExpansionProblem> {
     let &[out, inputs, kernel, other] = shape else {
-        return None;
+        return Err(ExpansionProblem::Shape);
     };
     let (&[rank, a_columns], &[b_rows, columns]) =
         (stored.a.shape.as_slice(), stored.b.shape.as_slice())
     else {
-        return None;
+        return Err(ExpansionProblem::Shape);
     };
     let fits = kernel == other
-        && kernel > 0
+        && (1..=limits::BLOCKS).contains(&kernel)
         && rank == columns
         && rank % kernel == 0
         && inputs.checked_mul(kernel) == Some(a_columns)
         && out.checked_mul(kernel) == Some(b_rows)
-        && kernel.checked_mul(rank)? <= limits::RANK;
+        && kernel.checked_mul(rank).is_some_and(|rank| rank <= limits::RANK);
     if !fits {
-        return None;
+        return Err(ExpansionProblem::Shape);
     }
     let mut b = stored.b.clone();
     b.shape = vec![out, kernel * rank, 1, 1];
-    // k copies of A under each other are the blocks.
-    let copies: Vec<usize> = (0..kernel).flat_map(|_| 0..rank).collect();
-    let mut a = blocks::block_diagonal(&blocks::gather_rows(&stored.a, &copies)?, kernel)?;
+    let moves = (0..kernel).flat_map(|block| {
+        (0..rank).map(move |row| Move { from: row, to: block * rank + row, block })
+    });
+    let mut a = blocks::scatter(&stored.a, (kernel * rank, kernel), moves, expansions)?;
     a.shape = vec![kernel * rank, inputs, kernel, kernel];
     // alpha is over r = rank/k; of the rank that this form has, k·rank, that is the k²-th part.
-    let scaling = scaled_up(stored.scaling, kernel.checked_mul(kernel)?);
-    Some(LowRank { layer: Layer::Convolution, ..LowRank::linear(a, b, scaling) })
+    let scaling = scaled_up(stored.scaling, kernel * kernel);
+    Ok(LowRank { layer: Layer::Convolution, ..LowRank::linear(a, b, scaling) })
 }
 
 /// The scaling of a form of `times` the rank, which means the same scale.

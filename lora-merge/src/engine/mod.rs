@@ -546,13 +546,14 @@ impl Engine<'_> {
         };
         let mut operators = Vec::with_capacity(changes.operators.len());
         let mut undone = Vec::new();
+        let threads = self.options.workers();
         for planned in &changes.operators {
             let Change { adapter, component, weight, .. } = planned.change;
             let form = &self.plan.component(adapter, component).form;
             if faulty(form) {
                 continue;
             }
-            let prepare = || operator::prepare(form, planned.matrix, isa, &read);
+            let prepare = || operator::prepare(form, planned.matrix, isa, threads, &read);
             if let Some(operator) = prepare()? {
                 operators.push((operator, weight));
                 self.ledger.enter_all(self.plan, adapter, component);

@@ -112,7 +112,12 @@ struct Context<'a> {
 
 impl Context<'_> {
     fn block(&self, container: &str) -> Option<&Block> {
-        self.blocks.get(container).map(|block| &self.base.blocks[block.index])
+        self.block_number(container).map(|number| &self.base.blocks[number])
+    }
+
+    /// Which of the base's blocks it is: several names may be names of one.
+    fn block_number(&self, container: &str) -> Option<usize> {
+        self.blocks.get(container).map(|block| block.index)
     }
 
     /// Notes that something was found in the block of this module.
@@ -217,16 +222,17 @@ fn place_beside(
             continue;
         };
         let module = contents.components[component].target.module.as_str();
-        if let Some(first) = taken.insert(parameter, module) {
+        found.claimed.push(component);
+        if let Some(first) = taken.insert(parameter, module).filter(|first| *first != module) {
             problems.push(PlanProblem::Collision {
                 first: first.to_owned(),
                 second: module.to_owned(),
                 parameter: parameters.get(parameter).name.clone(),
             });
+            continue;
         }
         let (parameter, part) = (Some(parameter), Part::Whole);
         found.placed.push(Placed { adapter, component, parameter, part });
-        found.claimed.push(component);
     }
     for (rename, count) in renames {
         *found.renames.entry(rename).or_default() += count;

@@ -1,6 +1,8 @@
 //! Adapters of single experts (`experts.3.gate_proj`) on a base that has them in stacks, or under
 //! the names of another transformers release.
 
+use std::collections::HashMap;
+
 use lora_format::Shape;
 use lora_format::model::{Form, Layer, LowRank};
 
@@ -13,6 +15,14 @@ use crate::low_rank::{Factor, Stride, View};
 use crate::orientation::Orientation;
 use crate::place::{Part, Placed};
 
+/// What the change of an expert's matrix is a change of.
+enum Home {
+    /// A parameter that has the adapter's own name.
+    Own(usize),
+    /// A parameter with another name, or a part of it.
+    Other(usize, Part),
+}
+
 /// Places the changes of single experts. What the base has under the adapter's own names is left
 /// alone.
 pub(super) fn place(
@@ -21,23 +31,60 @@ pub(super) fn place(
     found: &mut Found,
     problems: &mut Vec<PlanProblem>,
 ) {
+    let module = |component: usize| &context.contents.components[component].target.module;
+    // Who changes an expert's projection, and whether under the base's own name.
+    let mut taken: HashMap<(usize, usize, Projection), (usize, bool)> = HashMap::new();
     for &(component, expert) in components {
-        let Some(block) = context.block(expert.container) else {
+        let Some(number) = context.block_number(expert.container) else {
             continue;
         };
-        match place_one(context, component, expert, block) {
-            Ok(Some((parameter, part))) => {
-                let (adapter, parameter) = (context.adapter, Some(parameter));
-                found.placed.push(Placed { adapter, component, parameter, part });
-                context.count(expert.container, found);
-            }
+        let home = match place_one(context, component, expert, &context.base.blocks[number]) {
+            Ok(Some(home)) => home,
             Ok(None) => continue,
             Err(problem) => {
-                let module = context.contents.components[component].target.module.clone();
+                let module = module(component).clone();
                 problems.push(PlanProblem::Experts { module, problem });
+                found.claimed.push(component);
+                continue;
             }
+        };
+        let (parameter, is_own) = match home {
+            Home::Own(parameter) => (parameter, true),
+            Home::Other(parameter, _) => (parameter, false),
+        };
+        // Components of one name are parts of one change, and those of the base's own names are
+        // compared with each other where they are resolved.
+        let others = overlapping(expert.projection)
+            .iter()
+            .filter_map(|&projection| taken.get(&(number, expert.expert, projection)));
+        let mut others =
+            others.filter(|(other, own)| module(*other) != module(component) && !(is_own && *own));
+        if let Some(&(first, _)) = others.next() {
+            problems.push(PlanProblem::Collision {
+                first: module(first).clone(),
+                second: module(component).clone(),
+                parameter: context.parameters.get(parameter).name.clone(),
+            });
+            found.claimed.push(component);
+            continue;
         }
-        found.claimed.push(component);
+        taken.insert((number, expert.expert, expert.projection), (component, is_own));
+        if let Home::Other(parameter, part) = home {
+            let (adapter, parameter) = (context.adapter, Some(parameter));
+            found.placed.push(Placed { adapter, component, parameter, part });
+            context.count(expert.container, found);
+            found.claimed.push(component);
+        }
+    }
+}
+
+/// The projections that share elements with this one.
+fn overlapping(projection: Projection) -> &'static [Projection] {
+    match projection {
+        Projection::GateUp => &[Projection::GateUp, Projection::Gate, Projection::Up],
+        Projection::Gate => &[Projection::Gate, Projection::GateUp],
+        Projection::Up => &[Projection::Up, Projection::GateUp],
+        Projection::Down => &[Projection::Down],
     }
 }
 
@@ -46,7 +93,7 @@ fn place_one(
     component: usize,
     of: OfExpert<'_>,
     block: &Block,
-) -> Result<Option<(usize, Part)>, String> {
+) -> Result<Option<Home>, String> {
     let component_of = &context.contents.components[component];
     let (stored, shared) = match block.stored(of.projection)? {
         Some(Stored::Each { parameters, .. }) => {
@@ -56,7 +103,10 @@ fn place_one(
             let own = format!(".{}", tail(&component_of.target.module));
             let name = context.parameters.get(parameter).name.strip_suffix(".weight");
             let is_own = name.is_some_and(|name| format!(".{name}").ends_with(&own));
-            return Ok((!is_own).then_some((parameter, Part::Whole)));
+            return Ok(Some(match is_own {
+                true => Home::Own(parameter),
+                false => Home::Other(parameter, Part::Whole),
+            }));
         }
         Some(stored) => (stored, false),
         None => match (of.projection, block.stored(Projection::GateUp)?) {
@@ -115,11 +165,11 @@ fn place_one(
     Ok(match stored {
         Stored::Stack { parameter, .. } => {
             let terms = vec![(of.expert, term)];
-            Some((*parameter, Part::Slabs { count: all.experts, terms }))
+            Some(Home::Other(*parameter, Part::Slabs { count: all.experts, terms }))
         }
         Stored::Each { parameters, .. } => {
             let part = Part::Slabs { count: 1, terms: vec![(0, term)] };
-            parameters.get(&of.expert).map(|parameter| (*parameter, part))
+            parameters.get(&of.expert).map(|parameter| Home::Other(*parameter, part))
         }
     })
 }

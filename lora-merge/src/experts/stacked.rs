@@ -6,7 +6,7 @@
 //! in all layers. So all layers are asked which assignments and [`Side`]s fit every one of them:
 //! gpt-oss' down projection is square, its gate and up projection is not.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use lora_format::Shape;
 use lora_format::model::{Candidate, Experts, Note};
@@ -155,20 +155,29 @@ fn modules<'a>(
     found: &mut Found,
     problems: &mut Vec<PlanProblem>,
 ) -> Vec<Module<'a>> {
-    let mut by_name: BTreeMap<&str, Vec<(usize, &Experts)>> = BTreeMap::new();
+    let mut by_name: BTreeMap<&'a str, Vec<(usize, &'a Experts)>> = BTreeMap::new();
     for &(component, module, form) in components {
         by_name.entry(module).or_default().push((component, form));
     }
     let mut wanted: Vec<Wanted<'a>> = Vec::new();
-    for (&module, factors) in &mut by_name {
+    by_name.retain(|&module, factors| {
         factors.sort_by_key(|(_, form)| form.depth);
-        let mut names: Vec<&str> = factors
-            .iter()
-            .flat_map(|(_, form)| &form.candidates)
-            .map(|candidate| candidate.parameter.as_str())
-            .collect();
-        names.sort_unstable();
-        names.dedup();
+        let names = named(factors);
+        let problem = if factors.len() > MOST {
+            format!("factors of {} nested parameters, of at most {MOST} known", factors.len())
+        } else if names.len() > MOST_NAMED {
+            format!(
+                "`target_parameters` names {} of its parameters, of at most {MOST_NAMED} known",
+                names.len()
+            )
+        } else {
+            return true;
+        };
+        problems.push(PlanProblem::Experts { module: module.to_owned(), problem });
+        false
+    });
+    for (&module, factors) in &by_name {
+        let names = named(factors);
         let wanted_of = |parameter| Wanted { module, parameter, optional: true };
         wanted.extend(names.into_iter().map(wanted_of));
     }
@@ -207,6 +216,12 @@ fn modules<'a>(
         }
     }
     modules
+}
+
+/// The parameters that the configuration names of a module with these factors.
+fn named<'a>(factors: &[(usize, &'a Experts)]) -> BTreeSet<&'a str> {
+    let candidates = factors.iter().flat_map(|(_, form)| &form.candidates);
+    candidates.map(|candidate| candidate.parameter.as_str()).collect()
 }
 
 /// A parameter that the base has under the adapter's name.
@@ -328,43 +343,91 @@ fn sorted(
     Ok(Home { experts, rows, cols, stored: Some(Orientation::OutIn), pieces })
 }
 
-/// More parameters of one module than this are no module of experts.
-const MOST: usize = 8;
+/// More nested parameters of one module than this, or more that the configuration names, are of no
+/// class that is known: a module of experts has two or three matrices, and their biases.
+const MOST: usize = 4;
+const MOST_NAMED: usize = 8;
 
-/// The readings that fit all modules of a kind. If there are several, one in the order of
+/// The readings that fit all modules of a kind, of each side at most two: one is what is asked for,
+/// and a second shows that there is more than one. If there are several, one in the order of
 /// registration goes before those that are not.
 ///
 /// # Errors
 /// Every module that none fits.
 fn readings<'a>(modules: &[Module<'a>]) -> Result<Vec<Reading<'a>>, Vec<PlanProblem>> {
-    let mut readings: Option<Vec<Reading<'a>>> = None;
+    let mut common: Option<BySide<'a>> = None;
     let mut unfit = Vec::new();
     for module in modules {
-        let fits = |reading: &Reading<'_>| {
-            let pairs = module.factors.iter().zip(&reading.parameters);
-            pairs
-                .into_iter()
-                .all(|((_, form), &parameter)| module.fit(form, parameter, reading.side).is_some())
-        };
-        let own = match &readings {
-            None => module.readings(),
-            Some(known) => known.iter().filter(|reading| fits(reading)).cloned().collect(),
-        };
-        if own.is_empty() {
-            unfit.push(module.unfit(readings.is_some()));
+        let mut own = Side::BOTH.map(|side| module.fitting(side));
+        if let Some(common) = &common {
+            for (own, common) in own.iter_mut().flatten().zip(common.iter().flatten()) {
+                own.retain(|parameter| common.contains(parameter));
+            }
+        }
+        if own.iter().all(|fitting| assignments(fitting, &|_| true).is_empty()) {
+            unfit.push(module.unfit(common.is_some()));
         } else {
-            readings = Some(own);
+            common = Some(own);
         }
     }
-    let mut readings = match (readings, unfit.is_empty()) {
-        (Some(readings), true) => readings,
+    let common = match (common, unfit.is_empty()) {
+        (Some(common), true) => common,
         _ => return Err(unfit),
     };
-    let ordered = |reading: &Reading<'a>| names::in_order(reading.parameters.iter().copied());
-    if readings.len() > 1 && readings.iter().any(ordered) {
-        readings.retain(ordered);
+    // Of single matrices both sides are the same.
+    let is_one = |parameter: &&str| {
+        modules.iter().all(|module| module.homes.get(parameter).is_some_and(Home::is_one))
+    };
+    let readings = |accept: &dyn Fn(&[&'a str]) -> bool| -> Vec<Reading<'a>> {
+        let sides = Side::BOTH.into_iter().zip(&common);
+        sides
+            .flat_map(|(side, fitting)| {
+                let other =
+                    |parameters: &[&'a str]| side == Side::Last || !parameters.iter().all(is_one);
+                let found = assignments(fitting, &|all| other(all) && accept(all));
+                found.into_iter().map(move |parameters| Reading { parameters, side })
+            })
+            .collect()
+    };
+    let ordered = readings(&|parameters| names::in_order(parameters.iter().copied()));
+    Ok(if ordered.is_empty() { readings(&|_| true) } else { ordered })
+}
+
+/// The parameters that every pair of factors fits, innermost first, with either side.
+type BySide<'a> = [Vec<Vec<&'a str>>; 2];
+
+/// The first two of the ways to give each pair of factors a parameter of its own among those that
+/// it fits.
+fn assignments<'a>(
+    fitting: &[Vec<&'a str>],
+    accept: &dyn Fn(&[&'a str]) -> bool,
+) -> Vec<Vec<&'a str>> {
+    fn extend<'a>(
+        fitting: &[Vec<&'a str>],
+        taken: &mut Vec<&'a str>,
+        accept: &dyn Fn(&[&'a str]) -> bool,
+        found: &mut Vec<Vec<&'a str>>,
+    ) {
+        let Some((own, rest)) = fitting.split_first() else {
+            if accept(taken) {
+                found.push(taken.clone());
+            }
+            return;
+        };
+        for &parameter in own {
+            if found.len() == 2 {
+                return;
+            }
+            if !taken.contains(&parameter) {
+                taken.push(parameter);
+                extend(rest, taken, accept, found);
+                taken.pop();
+            }
+        }
     }
-    Ok(readings)
+    let mut found = Vec::new();
+    extend(fitting, &mut Vec::new(), accept, &mut found);
+    found
 }
 
 impl<'a> Module<'a> {
@@ -377,36 +440,11 @@ impl<'a> Module<'a> {
         self.homes.get(parameter)?.fit(form, candidate, side)
     }
 
-    /// Every way to give each pair of factors a parameter of its own that it fits.
-    fn readings(&self) -> Vec<Reading<'a>> {
-        let mut readings = Vec::new();
-        if self.factors.len().max(self.homes.len()) > MOST {
-            return readings;
-        }
-        for side in Side::BOTH {
-            let mut partial: Vec<Vec<&'a str>> = vec![Vec::new()];
-            for (_, form) in &self.factors {
-                let fitting: Vec<&'a str> = self
-                    .homes
-                    .keys()
-                    .copied()
-                    .filter(|parameter| self.fit(form, parameter, side).is_some())
-                    .collect();
-                partial = partial
-                    .iter()
-                    .flat_map(|taken| {
-                        let free = fitting.iter().filter(|name| !taken.contains(name));
-                        free.map(|name| [taken.as_slice(), &[*name]].concat())
-                    })
-                    .collect();
-            }
-            readings.extend(partial.into_iter().map(|parameters| Reading { parameters, side }));
-        }
-        // Of single matrices both sides are the same.
-        let is_one = |parameter: &&str| self.homes.get(*parameter).is_some_and(Home::is_one);
-        readings
-            .retain(|reading| reading.side == Side::Last || !reading.parameters.iter().all(is_one));
-        readings
+    /// The parameters that each pair of factors fits.
+    fn fitting(&self, side: Side) -> Vec<Vec<&'a str>> {
+        let fits = |form: &'a Experts, name: &str| self.fit(form, name, side).is_some();
+        let of_form = |form| self.homes.keys().copied().filter(|name| fits(form, name)).collect();
+        self.factors.iter().map(|(_, form)| of_form(form)).collect()
     }
 
     /// What was expected, and what was found.
@@ -484,9 +522,9 @@ fn settle<'a>(
             Err(PlanProblem::Experts {
                 module: kind.to_owned(),
                 problem: format!(
-                    "the factors fit its parameters in more than one order ({}), and which the \
+                    "the factors fit its parameters in more than one order (such as {}), and which the \
                      module registered first is not known",
-                    ways.join("; ")
+                    ways.join(" and ")
                 ),
             })
         }

@@ -50,18 +50,23 @@ pub(super) fn check(form: &Butterfly, matrix: Matrix) -> Fits {
     let whole = b > 0 && blocks > 0 && blocks.checked_mul(b) == Some(input);
     let expected = format!("factors × blocks × b × b of {input} inputs");
     shapes::tensor(generators, expected, square && shuffles && whole)?;
+    shapes::work("its blocks", &[factors, blocks, b, b, b])?;
     let fits = out > 0 && count(&form.gain.shape) == out;
     shapes::tensor(&form.gain, format!("{out} values"), fits)?;
     shapes::stored(matrix, Orientation::OutIn)
 }
 
-pub(super) fn prepare(form: &Butterfly, matrix: Matrix) -> Result<Box<dyn Operator>> {
+pub(super) fn prepare(
+    form: &Butterfly,
+    matrix: Matrix,
+    threads: usize,
+) -> Result<Box<dyn Operator>> {
     let (cols, block) = (matrix.cols, dim(&form.generators, 2));
     let area = block * block;
     let generators = decode(&form.generators);
     let mut turns = vec![0.0; generators.len()];
     let work = turns.len().saturating_mul(block);
-    parallel::fill(&mut turns, area, work, |first, turns| {
+    parallel::fill(&mut turns, area, work, threads, |first, turns| {
         let blocks = generators[first * area..].chunks_exact(area);
         for (turn, g) in turns.chunks_exact_mut(area).zip(blocks) {
             // −Q, whose R is the transpose of Q's.
@@ -195,5 +200,14 @@ mod tests {
         refuse(&[1, 3, 4, 3], testing::out_in(2, 12), words);
         refuse(&[1, 3, 4, 4], testing::out_in(3, 12), "expected 3 values, found [2, 1]");
         refuse(&[1, 3, 4, 4], testing::in_out(12, 2), "stored as out×in, found in×out");
+        let check = |shape: [usize; 4]| {
+            let generators = testing::unread(shape.to_vec());
+            let gain = testing::tensor_of(&[2, 1], &[1.0; 2]);
+            let form = Form::Butterfly(Butterfly { generators, gain });
+            super::super::check(&form, testing::out_in(2, shape[1] * shape[2]))
+        };
+        assert_eq!(check([4, 16, 512, 512]), Ok(()));
+        let words = "multiplications for its blocks, found 1·1·4096·4096·4096";
+        assert!(check([1, 1, 4096, 4096]).unwrap_err().ends_with(words));
     }
 }

@@ -62,15 +62,21 @@ pub(super) fn check(form: &LowRank, matrix: Matrix) -> Fits {
     }
 }
 
+/// How W is read through.
+pub(super) struct Reading<'a> {
+    pub(super) isa: Isa,
+    pub(super) threads: usize,
+    pub(super) read: &'a ReadRows<'a>,
+}
+
 pub(super) fn prepare(
     form: &LowRank,
     magnitude: &Tensor,
     matrix: Matrix,
-    isa: Isa,
-    read: &ReadRows<'_>,
+    reading: Reading<'_>,
 ) -> Result<Box<dyn Operator>> {
     let product = Product::of_low_rank(form).pack(matrix.orientation);
-    let values = Values { cols: matrix.cols, isa, product: &product, read };
+    let values = Values { cols: matrix.cols, product: &product, reading };
     let squares = match matrix.orientation {
         Orientation::OutIn => values.row_squares(matrix.rows)?,
         Orientation::InOut => values.column_squares(matrix.rows)?,
@@ -92,16 +98,16 @@ pub(super) fn prepare(
 /// V, to be read through once.
 struct Values<'a> {
     cols: usize,
-    isa: Isa,
     product: &'a Factors,
-    read: &'a ReadRows<'a>,
+    reading: Reading<'a>,
 }
 
 impl Values<'_> {
     /// The sums of squares of V's rows.
     fn row_squares(&self, rows: usize) -> Result<Vec<f64>> {
         let mut squares = vec![0.0; rows];
-        parallel::fill(&mut squares, 1, self.work(rows), |first, squares| {
+        let threads = self.reading.threads;
+        parallel::fill(&mut squares, 1, self.work(rows), threads, |first, squares| {
             self.visit(first..first + squares.len(), |row, values| {
                 let mut lanes = [0.0; LANES];
                 for eight in values.chunks(LANES) {
@@ -116,7 +122,8 @@ impl Values<'_> {
     /// The sums of squares of V's columns.
     fn column_squares(&self, rows: usize) -> Result<Vec<f64>> {
         let mut blocks = vec![0.0; rows.div_ceil(BLOCK) * self.cols];
-        parallel::fill(&mut blocks, self.cols, self.work(rows), |first, blocks| {
+        let threads = self.reading.threads;
+        parallel::fill(&mut blocks, self.cols, self.work(rows), threads, |first, blocks| {
             let start = first * BLOCK;
             let end = rows.min(start + blocks.len() / self.cols * BLOCK);
             self.visit(start..end, |row, values| {
@@ -138,8 +145,8 @@ impl Values<'_> {
             let elements = run.len() * self.cols;
             base.resize(elements, 0.0);
             values.resize(elements, 0.0);
-            (self.read)(run.clone(), &mut base)?;
-            product::rows(self.product, self.isa, run.clone(), &mut values);
+            (self.reading.read)(run.clone(), &mut base)?;
+            product::rows(self.product, self.reading.isa, run.clone(), &mut values);
             values.iter_mut().zip(&base).for_each(|(delta, &w)| *delta += f64::from(w));
             run.zip(values.chunks_exact(self.cols)).for_each(|(row, values)| show(row, values));
         }
@@ -249,7 +256,8 @@ mod tests {
             Ok(())
         };
         let product = Product::of_low_rank(&form).pack(Orientation::OutIn);
-        let values = Values { cols, isa: Isa::Scalar, product: &product, read: &read };
+        let reading = Reading { isa: Isa::Scalar, threads: 1, read: &read };
+        let values = Values { cols, product: &product, reading };
         let mut rows_alone = vec![0.0; rows];
         let mut blocks = vec![vec![0.0_f64; cols]; rows.div_ceil(BLOCK)];
         let show = |row: usize, values: &[f64]| {
@@ -276,7 +284,8 @@ mod tests {
                 buffer.fill(0.0);
                 Ok(())
             };
-            let result = prepare(&form, &magnitude, matrix, Isa::Scalar, &zero);
+            let reading = Reading { isa: Isa::Scalar, threads: 1, read: &zero };
+            let result = prepare(&form, &magnitude, matrix, reading);
             assert!(matches!(result.err(), Some(Error::ZeroNorm { feature: 1, .. })));
         }
     }

@@ -110,7 +110,8 @@ impl Matrix {
 pub(crate) type ReadRows<'a> = dyn Fn(Range<usize>, &mut [f32]) -> Result<()> + Sync + 'a;
 
 /// The operator of a form that fits the matrix, or `None` for a form that has none (low-rank
-/// terms, replacements). Methods with norms read all of W once.
+/// terms, replacements). Methods with norms read all of W once. At most so many threads are used,
+/// the caller's included, and the result does not depend on how many.
 ///
 /// # Errors
 /// What `read` returns, [`crate::Error::ZeroNorm`] and [`crate::Error::NoDirection`].
@@ -121,22 +122,26 @@ pub(crate) fn prepare(
     form: &Form,
     matrix: Matrix,
     isa: Isa,
+    threads: usize,
     read: &ReadRows<'_>,
 ) -> Result<Option<Box<dyn Operator>>> {
     with_ieee_floats(|| {
         Ok(match form {
             Form::LowRank(form) => match &form.magnitude {
-                Some(magnitude) => Some(dora::prepare(form, magnitude, matrix, isa, read)?),
+                Some(magnitude) => {
+                    let values = dora::Reading { isa, threads, read };
+                    Some(dora::prepare(form, magnitude, matrix, values)?)
+                }
                 None => None,
             },
             Form::Hadamard(form) => Some(hadamard::prepare(form, matrix)),
             Form::Kronecker(form) => Some(kronecker::prepare(form, matrix)),
             Form::Gain(form) => Some(gain::prepare(form, matrix)),
-            Form::Rotation(form) => Some(rotation::prepare(form, matrix)?),
+            Form::Rotation(form) => Some(rotation::prepare(form, matrix, threads)?),
             Form::Tiled(form) => Some(tiled::prepare(form, matrix)),
             Form::Proportional(form) => Some(proportional::prepare(form, matrix)),
             Form::Reflections(form) => Some(reflections::prepare(form, matrix)?),
-            Form::Butterfly(form) => Some(butterfly::prepare(form, matrix)?),
+            Form::Butterfly(form) => Some(butterfly::prepare(form, matrix, threads)?),
             Form::Sparse(form) => Some(sparse::prepare(form, matrix)),
             Form::Circulant(kernels) => Some(circulant::prepare(kernels, matrix)),
             Form::Bounded(form) => Some(bounded::prepare(form, matrix)),

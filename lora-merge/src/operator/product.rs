@@ -50,14 +50,17 @@ impl Product {
         let kernel = count(&core.shape[2..]);
         let (b, a, t) = (decode(&cores.b), decode(&cores.a), decode(core));
         let mut right = Vec::with_capacity(rank * input * kernel);
+        let mut sums = vec![0.0; kernel * input];
         for block in t.chunks_exact(inner * kernel) {
+            sums.fill(0.0);
+            for (t, a) in block.chunks_exact(kernel).zip(a.chunks_exact(input)) {
+                for (&t, sums) in t.iter().zip(sums.chunks_exact_mut(input)) {
+                    let elements = sums.iter_mut().zip(a);
+                    elements.for_each(|(sum, &a)| *sum += f64::from(t) * f64::from(a));
+                }
+            }
             for feature in 0..input {
-                right.extend((0..kernel).map(|position| {
-                    let term = |j: usize| {
-                        f64::from(block[j * kernel + position]) * f64::from(a[j * input + feature])
-                    };
-                    (0..inner).map(term).sum::<f64>() as f32
-                }));
+                right.extend(sums.iter().skip(feature).step_by(input).map(|&sum| sum as f32));
             }
         }
         Product { b: transposed(&b, rank, out), a: right, rank, scale: 1.0 }
@@ -158,5 +161,6 @@ pub(super) fn check_cores(cores: &Cores) -> Fits {
     shapes::tensor(core, format!("{rank} × {inner} × kernel"), fits && inner > 0)?;
     // The core is spread to rank × in·kernel, which should not dwarf out × in·kernel.
     let most = out.saturating_mul(16).min(limits::RANK);
-    shapes::tensor(b, format!("at most {most} × out"), (1..=most).contains(&rank))
+    shapes::tensor(b, format!("at most {most} × out"), (1..=most).contains(&rank))?;
+    shapes::work("a product with its core", &[rank, inner, input])
 }

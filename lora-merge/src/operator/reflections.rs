@@ -11,6 +11,7 @@
 
 use std::ops::Range;
 
+use lora_format::limits;
 use lora_format::model::Reflections;
 
 use super::shapes::{self, Fits, decode, dim};
@@ -33,10 +34,14 @@ pub(super) fn features(form: &Reflections) -> Features {
 }
 
 pub(super) fn check(form: &Reflections, matrix: Matrix) -> Fits {
-    let vectors = &form.vectors;
-    let fits = vectors.shape.len() == 2 && dim(vectors, 1) > 0 && matrix.input() > 0;
-    let expected = format!("{} × rank", matrix.input());
-    shapes::tensor(vectors, expected, fits && dim(vectors, 0) == matrix.input())?;
+    let (vectors, input) = (&form.vectors, matrix.input());
+    let rank = dim(vectors, 1);
+    let fits = vectors.shape.len() == 2 && (1..=limits::RANK).contains(&rank) && input > 0;
+    shapes::tensor(vectors, format!("{input} × rank"), fits && dim(vectors, 0) == input)?;
+    if form.orthogonal {
+        // Every column against those before it, twice its length each.
+        shapes::work("orthogonal columns", &[input, rank, rank])?;
+    }
     shapes::stored(matrix, Orientation::OutIn)
 }
 
@@ -157,6 +162,19 @@ mod tests {
         for result in refused {
             assert!(matches!(result.err(), Some(Error::NoDirection { column: 1, .. })));
         }
+    }
+
+    #[test]
+    fn the_cost_of_orthogonal_columns_is_bounded() {
+        let check = |input: usize, rank: usize, orthogonal| {
+            let vectors = testing::unread(vec![input, rank]);
+            check(&Reflections { vectors, orthogonal }, testing::out_in(3, input))
+        };
+        assert_eq!(check(28_672, 1024, true), Ok(()));
+        assert_eq!(check(4096, 4096, false), Ok(()));
+        let words = "multiplications for orthogonal columns, found 4096·4096·4096";
+        assert!(check(4096, 4096, true).unwrap_err().ends_with(words));
+        assert!(check(1, 65_537, false).unwrap_err().contains("expected 1 × rank"));
     }
 
     #[test]

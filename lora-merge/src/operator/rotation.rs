@@ -24,9 +24,9 @@ use crate::error::Result;
 use crate::kernels::Isa;
 use crate::orientation::Orientation;
 
-/// Terms beyond which a series is a mistake: each costs a product of all blocks, and long before,
-/// further ones are too small to matter or too large to make sense.
-const MOST_TERMS: usize = 256;
+/// Terms beyond which a series is a mistake: each costs a product of all blocks, and further ones
+/// are too small to matter or too large to make sense. PEFT's default is 5.
+const MOST_TERMS: usize = 16;
 
 /// Rows that are turned together, so that a block of R is fetched once for all of them.
 const ROWS: usize = 16;
@@ -70,18 +70,30 @@ pub(super) fn check(form: &Rotation, matrix: Matrix) -> Fits {
         Some(terms) if terms > MOST_TERMS => {
             Err(format!("expected at most {MOST_TERMS} terms of the Neumann series, found {terms}"))
         }
-        _ => Ok(()),
+        _ => shapes::work("its blocks", &[blocks, b, b, b, products(form)]),
     }
 }
 
-pub(super) fn prepare(form: &Rotation, matrix: Matrix) -> Result<Box<dyn Operator>> {
+/// What a block costs, in products of two of its size: the exact one about as much as one.
+fn products(form: &Rotation) -> usize {
+    match form.neumann_terms {
+        None => 1,
+        Some(terms @ 0..3) => terms.min(1),
+        Some(terms) => (terms - 2).max(2),
+    }
+}
+
+pub(super) fn prepare(
+    form: &Rotation,
+    matrix: Matrix,
+    threads: usize,
+) -> Result<Box<dyn Operator>> {
     let b = form.block;
     let (stored, triangle) = (dim(&form.generators, 0), b * (b - 1) / 2);
     let generators = decode(&form.generators);
     let mut turns = vec![0.0; count(&[stored, b, b])];
-    let products = form.neumann_terms.map_or(1, |terms| terms.saturating_sub(3).max(1));
-    let work = turns.len().saturating_mul(b).saturating_mul(products);
-    parallel::fill(&mut turns, b * b, work, |first, turns| {
+    let work = turns.len().saturating_mul(b).saturating_mul(products(form));
+    parallel::fill(&mut turns, b * b, work, threads, |first, turns| {
         for (number, turn) in (first..).zip(turns.chunks_exact_mut(b * b)) {
             // R is a function of Q, and so the R of Qᵀ = −Q is Rᵀ.
             let sign = if form.layer == Layer::Embedding { 1.0 } else { -1.0 };
@@ -403,9 +415,39 @@ mod tests {
         let block = usize::MAX;
         refuse(Rotation { block, ..good.clone() }, testing::out_in(3, 8), "found [2, 6]");
         refuse(Rotation { block: 0, ..good.clone() }, testing::out_in(3, 8), "found [2, 6]");
-        let neumann_terms = Some(usize::MAX);
-        refuse(Rotation { neumann_terms, ..good }, testing::out_in(3, 8), "at most 256 terms");
+        let series = |terms| Rotation { neumann_terms: Some(terms), ..good.clone() };
+        for terms in [MOST_TERMS + 1, usize::MAX] {
+            refuse(series(terms), testing::out_in(3, 8), "at most 16 terms");
+        }
+        assert_eq!(check(&series(MOST_TERMS), testing::out_in(3, 8)), Ok(()));
         let shared = form(&mut noise, 1, 4, 0.1);
         refuse(shared, testing::out_in(3, 6), "expected blocks of 4 features, found 6");
+    }
+
+    /// The blocks cost far more than the file has elements; what is in use passes.
+    #[test]
+    fn the_cost_of_the_blocks_is_bounded() {
+        let check = |blocks: usize, block: usize, neumann_terms| {
+            let generators = testing::unread(vec![blocks, block * (block - 1) / 2]);
+            let layer = Layer::Linear;
+            let form = Rotation { generators, block, layer, neumann_terms, radius: None };
+            check(&form, testing::out_in(3, blocks * block))
+        };
+        for (blocks, block, terms) in [
+            (400, 256, Some(5)),
+            (100, 256, Some(16)),
+            (1000, 256, None),
+            (10, 1024, Some(5)),
+            (28, 1024, None),
+            (57_344, 32, Some(5)),
+            (2, 1023, Some(16)),
+        ] {
+            assert_eq!(check(blocks, block, terms), Ok(()), "{blocks} blocks of {block}");
+        }
+        let words = "expected at most 34359738368 multiplications for its blocks, \
+                     found 8·2048·2048·2048·3";
+        assert_eq!(check(8, 2048, Some(5)).unwrap_err(), words);
+        assert!(check(1, 4096, None).unwrap_err().ends_with("1·4096·4096·4096·1"));
+        assert!(check(3, 1023, Some(256)).unwrap_err().contains("at most 16 terms"));
     }
 }

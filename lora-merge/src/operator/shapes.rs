@@ -59,7 +59,37 @@ pub(super) fn stored(matrix: Matrix, expected: Orientation) -> Fits {
     Err(format!("expected a matrix stored as {expected}, found {found}"))
 }
 
+/// Multiplications that the preparation of one parameter may take: a minute of one core at worst,
+/// and several times what the largest layers need with the settings that are in use.
+const WORK: usize = 1 << 35;
+
+/// Whether so many multiplications are few enough: their number is that of the factors, which may
+/// be far more than the file has elements.
+pub(super) fn work(what: &str, factors: &[usize]) -> Fits {
+    if count(factors) <= WORK {
+        return Ok(());
+    }
+    let found: Vec<String> = factors.iter().map(usize::to_string).collect();
+    Err(format!("expected at most {WORK} multiplications for {what}, found {}", found.join("·")))
+}
+
 /// Whether a factor of the change is a number.
 pub(super) fn scale(scale: f64) -> Fits {
     if scale.is_finite() { Ok(()) } else { Err(format!("expected a finite scale, found {scale}")) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn work_is_bounded() {
+        assert_eq!(work("it", &[32, 1024, 1024, 1024]), Ok(()));
+        assert_eq!(work("it", &[usize::MAX, 0]), Ok(()));
+        assert_eq!(
+            work("it", &[33, 1024, 1024, 1024]).unwrap_err(),
+            "expected at most 34359738368 multiplications for it, found 33·1024·1024·1024"
+        );
+        assert!(work("it", &[usize::MAX, usize::MAX]).is_err());
+    }
 }

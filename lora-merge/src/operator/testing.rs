@@ -41,6 +41,13 @@ pub(super) fn tensor_of(shape: &[usize], values: &[f32]) -> Tensor {
     Tensor::new("tensor".to_owned(), Dtype::F32, shape.to_vec(), bytes).unwrap()
 }
 
+/// A tensor of this shape that nothing but the shape is asked of.
+pub(super) fn unread(shape: Vec<usize>) -> Tensor {
+    let mut tensor = tensor_of(&[0], &[]);
+    tensor.shape = shape;
+    tensor
+}
+
 /// A tensor of values in [−1, 1).
 pub(super) fn tensor(noise: &mut Noise, shape: &[usize]) -> Tensor {
     tensor_of(shape, &floats(noise, shape.iter().product()))
@@ -80,7 +87,8 @@ pub(super) fn change(form: &Form, matrix: Matrix, base: &[f32]) -> Vec<f64> {
     let mut noise = Noise::new(rows as u64);
     let mut result: Option<Vec<f64>> = None;
     for isa in Isa::available() {
-        let operator = prepare(form, matrix, isa, &read).unwrap().unwrap();
+        let threads = 1 + noise.below(3) as usize;
+        let operator = prepare(form, matrix, isa, threads, &read).unwrap().unwrap();
         for cut in [rows, 1, 3, 7] {
             let mut delta = vec![0.0; base.len()];
             let mut start = 0;
@@ -256,7 +264,7 @@ fn what_the_check_lets_through_works() {
             Ok(())
         };
         let isa = Isa::detect();
-        if let Some(operator) = prepare(&form, matrix, isa, &read).ok().flatten() {
+        if let Some(operator) = prepare(&form, matrix, isa, 2, &read).ok().flatten() {
             let mut delta = vec![0.0; base.len()];
             operator.add(isa, 0..matrix.rows, &base, 1.0, &mut delta);
             *worked.entry(form.method()).or_insert(0) += 1;

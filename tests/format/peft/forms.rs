@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
+use lora_format::codec::loralib::{self, Expansions};
 use lora_format::model::{Cores, Experts, Form, KroneckerSide, LowRank};
 use lora_format::{Adapter, ReadOptions, Tensor};
 use lora_tests::fixture;
@@ -205,7 +206,7 @@ fn rearranged_factors_mean_the_same() {
             let name = component.target.name();
             let (shape, before) = &base[&name];
             let converted = (shape.len() == 4)
-                .then(|| lora_format::codec::loralib::convolution(form, shape).unwrap());
+                .then(|| loralib::convolution(form, shape, &mut Expansions::of(&adapter)).unwrap());
             let form = converted.as_ref().unwrap_or(form);
             let delta = product(form);
             assert_eq!(delta.len(), before.len(), "{key} {name}");

@@ -2,9 +2,10 @@
 
 use std::path::Path;
 
+use lora_format::codec::loralib::{self, Expansions};
 use lora_format::container::safetensors::{Declared, SafetensorsFile, encode_header};
-use lora_format::model::{Component, Form, Note};
-use lora_format::{Adapter, Dtype, ReadOptions};
+use lora_format::model::{Component, Form, Layer, LowRank, Note, Scaling, ScalingRule};
+use lora_format::{Adapter, Dtype, ExpansionProblem, ReadOptions, Tensor};
 use lora_tests::fixture;
 use serde_json::{Map, Value, json};
 
@@ -162,6 +163,10 @@ fn shapes_must_fit_together() {
     let expected = [("q.a|b".to_owned(), 0), ("q.a|b".to_owned(), 1)];
     assert_eq!(depths(try_read(&nested, more).unwrap()), expected);
 
+    // With and without a module.
+    let mixed = lora(json!({"target_parameters": ["q.b", "a"]}));
+    assert_eq!(depths(try_read(&nested, mixed).unwrap()), expected);
+
     let ada = |more| of("ADALORA", json!({"lora_alpha": 2, "init_r": 2}), more);
     let (a, b) = ("base_model.model.q.lora_A", "base_model.model.q.lora_B");
     let e = "base_model.model.q.lora_E";
@@ -289,6 +294,142 @@ fn a_given_alpha_goes_where_the_method_reads_it() {
     let ia3: [(&str, &[usize]); 1] = [("base_model.model.q.ia3_l", &[3, 1])];
     let message = with_alpha(&ia3, of("IA3", json!({}), json!({}))).unwrap_err();
     assert!(message.contains("no alpha can be given for it: its method has none"), "{message}");
+}
+
+/// What a component holds, by the parameter's name.
+fn forms(adapter: &Adapter) -> Vec<(String, &'static str)> {
+    let components = adapter.components.iter();
+    components.map(|component| (component.target.name(), component.form.method())).collect()
+}
+
+/// A bias that the configuration says was trained is no copy of the base's, wherever it lies.
+#[test]
+fn trained_biases_are_read_under_every_name() {
+    let biases: [(&str, &[usize]); 5] = [
+        A,
+        B,
+        ("base_model.model.q.base_layer.bias", &[4]),
+        ("base_model.model.mha.base_layer.in_proj_bias", &[9]),
+        ("base_model.model.other.in_proj_bias", &[9]),
+    ];
+    let adapter = try_read(&biases, lora(json!({"bias": "all"}))).unwrap();
+    let replaced = ["mha.in_proj_bias", "other.in_proj_bias", "q.bias"];
+    let mut expected: Vec<(String, &str)> =
+        replaced.into_iter().map(|name| (name.to_owned(), "replaced")).collect();
+    expected.push(("q.weight".to_owned(), "LoRA"));
+    assert_eq!(forms(&adapter), expected);
+    let only = lora(json!({"bias": "lora_only"}));
+    assert!(try_read(&biases[..3], only.clone()).is_ok());
+    refused(&biases[..4], only, "`base_model.model.mha.base_layer.in_proj_bias`: a copy of");
+    refused(
+        &biases[..3],
+        lora(json!({})),
+        "`base_model.model.q.base_layer.bias`: a tensor stored in full that no field",
+    );
+}
+
+/// PEFT saves a copy of a base's weight for targeted embeddings and heads, beside their change.
+#[test]
+fn copies_of_the_base_are_those_that_peft_saves() {
+    let head: [(&str, &[usize]); 3] = [
+        ("base_model.model.lm_head.base_layer.weight", &[4, 3]),
+        ("base_model.model.lm_head.lora_A.weight", A.1),
+        ("base_model.model.lm_head.lora_B.weight", B.1),
+    ];
+    let adapter = try_read(&head, lora(json!({}))).unwrap();
+    let lm_head = |method| ("lm_head.weight".to_owned(), method);
+    assert_eq!(forms(&adapter), [lm_head("base copy"), lm_head("LoRA")]);
+    let lone = "a copy of the base's weight beside no change of it";
+    let strange = "a copy of the base's parameter, of which PEFT saves only the weights of \
+                   embeddings and output heads";
+    for (tensor, expected) in [
+        ("lm_head.base_layer.weight", lone),
+        ("embed_tokens.token_adapter.base_layer.weight", lone),
+        ("q.base_layer.weight", strange),
+        ("q.base_layer.out_proj.weight", strange),
+        ("lm_head.base_layer.scale", strange),
+        ("lm_head.base_layer.weight.absmax", strange),
+    ] {
+        let name = format!("base_model.model.{tensor}");
+        let expected = format!("`{name}`: {expected}");
+        refused(&[A, B, (&name, &[4, 3])], lora(json!({})), &expected);
+    }
+}
+
+/// Factors that are stored without their zeros take no more than the limit with them.
+#[test]
+fn zeros_are_written_out_within_a_limit() {
+    // 256 blocks of one row: 256 times the bytes.
+    let b: (&str, &[usize]) = ("base_model.model.q.lora_B.weight", &[4096, 2]);
+    let bd = |blocks: u32| {
+        let blocks = json!({"nblocks": blocks, "target_modules_bd_a": [],
+            "target_modules_bd_b": ["q"], "match_strict": true});
+        lora(json!({"use_bdlora": blocks}))
+    };
+    let a = |blocks: usize| [2 * blocks, 3];
+    assert!(try_read(&[(A.0, &a(32)), b], bd(32)).is_ok());
+    // (2·256·3 + 4096·2)·4 bytes are stored.
+    refused(
+        &[(A.0, &a(256)), b],
+        bd(256),
+        "`base_model.model.q.lora_B.weight` is stored without its zeros and would take 8388608 \
+         bytes with them; the limit for an adapter of this size is 2490368",
+    );
+
+    let folder = tempfile::tempdir().unwrap();
+    let fused: [(&str, &[usize]); 2] = [("q.lora_A", &[256, 1]), ("q.lora_B", &[4096, 1])];
+    write(folder.path(), &fused, &json!({}));
+    let path = folder.path().join("loralib.safetensors");
+    std::fs::rename(folder.path().join("adapter_model.safetensors"), &path).unwrap();
+    std::fs::remove_file(folder.path().join("adapter_config.json")).unwrap();
+    let options =
+        |groups| ReadOptions { alpha: Some(1.0), enable_lora: groups, ..ReadOptions::default() };
+    let expected = "`q.lora_B` is stored without its zeros and would take 4194304 bytes with \
+                    them; the limit for an adapter of this size is 1114112";
+    let message = lora_format::read(&path, &options(Some(vec![true; 256]))).unwrap_err();
+    assert!(message.to_string().contains(expected), "{message}");
+    let adapter = lora_format::read(&path, &options(None)).unwrap();
+    let Form::LowRank(form) = &adapter.components[0].form else { panic!() };
+    let problem = loralib::merged(form, &[true; 256], &mut Expansions::of(&adapter)).unwrap_err();
+    assert_eq!(problem.to_string(), expected);
+    let problem = loralib::merged(form, &[true; 2], &mut Expansions::of(&adapter)).unwrap_err();
+    assert_eq!(problem, ExpansionProblem::Shape);
+}
+
+/// The largest adapters that people train with loralib are within the limits.
+#[test]
+fn loralibs_own_adapters_are_within_the_limits() {
+    let tensor = |name: &str, shape: [usize; 2]| {
+        let bytes = vec![0; shape.iter().product::<usize>() * 4];
+        Tensor::new(name.to_owned(), Dtype::F32, shape.to_vec(), bytes).unwrap()
+    };
+    let adapter = |form: LowRank, layers: usize| {
+        let fixture = fixture("features/loralib-merged-linear-all/adapter/adapter.safetensors");
+        let options = ReadOptions { alpha: Some(6.0), ..ReadOptions::default() };
+        let mut adapter = lora_format::read(&fixture, &options).unwrap();
+        let component = Component { form: Form::LowRank(form), ..adapter.components[0].clone() };
+        adapter.components = vec![component; layers];
+        adapter
+    };
+    let scaling = Scaling { alpha: 1.0, rule: ScalingRule::AlphaOverRank };
+    // GPT-2 XL. One layer is written out at a time here; the limit counts all.
+    let qkv = LowRank::linear(tensor("a", [3 * 64, 1600]), tensor("b", [4800, 64]), scaling);
+    let qkv = LowRank { layer: Layer::Merged, ..qkv };
+    let mut expansions = Expansions::of(&adapter(qkv.clone(), 48));
+    for _ in 0..48 {
+        let linear = loralib::merged(&qkv, &[true; 3], &mut expansions).unwrap();
+        assert_eq!(linear.b.shape, [4800, 192]);
+    }
+    for (kernel, channels, layers) in [(3, 512, 16), (7, 64, 1), (1, 2048, 8)] {
+        let (rank, wide) = (8 * kernel, channels * kernel);
+        let form = LowRank::linear(tensor("a", [rank, wide]), tensor("b", [wide, rank]), scaling);
+        let shape = [channels, channels, kernel, kernel];
+        let mut expansions = Expansions::of(&adapter(form.clone(), layers));
+        for _ in 0..layers {
+            let change = loralib::convolution(&form, &shape, &mut expansions).unwrap();
+            assert_eq!(change.a.shape, [kernel * rank, channels, kernel, kernel]);
+        }
+    }
 }
 
 /// What loralib's shapes leave open is asked for.

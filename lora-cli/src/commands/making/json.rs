@@ -158,7 +158,7 @@ impl Report {
     pub(super) fn new(making: &Making<'_>, status: &'static str) -> Report {
         let Making { deed, arguments, plan, assets, output, run } = making;
         let (copied, converted) = job_counts(plan);
-        let stochastic = arguments.rounding == RoundingChoice::Stochastic;
+        let stochastic = arguments.engine.rounding == RoundingChoice::Stochastic;
         let identity = |verdict: &Verdict| match verdict {
             Verdict::Same => "same",
             Verdict::Reencoded => "re-encoded",
@@ -186,7 +186,7 @@ impl Report {
                 .to_possible_value()
                 .map_or_else(String::new, |value| value.get_name().to_owned()),
             rounding: if stochastic { "stochastic" } else { "nearest" },
-            seed: stochastic.then_some(arguments.seed),
+            seed: stochastic.then_some(arguments.engine.seed),
             quantised: plan.parameters.quantised().map(|quantised| JsonQuantised {
                 method: quantised.method.clone(),
                 weights: quantised.weights.len(),

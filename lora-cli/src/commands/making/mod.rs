@@ -12,6 +12,7 @@ use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 use lora_format::Dtype;
 use lora_format::checkpoint::{Checkpoint, Layout};
+use lora_format::model::Form;
 use lora_merge::assets::{Assets, TokenizerSource};
 use lora_merge::engine::{Progress, RoundingMode, RunOptions};
 use lora_merge::kernels::Isa;
@@ -35,12 +36,6 @@ pub(crate) struct MakeArguments {
     /// The dtype of the output's floating-point tensors
     #[arg(long, value_enum, default_value_t = DtypeChoice::Keep)]
     dtype: DtypeChoice,
-    /// How merged values are rounded: stochastic is unbiased but noisy
-    #[arg(long, value_enum, default_value_t = RoundingChoice::Nearest)]
-    rounding: RoundingChoice,
-    /// The seed of stochastic rounding
-    #[arg(long, default_value_t = 0)]
-    seed: u64,
     /// Whose tokenizer and chat template the output gets
     #[arg(long, value_enum, default_value_t = TokenizerChoice::Auto)]
     tokenizer: TokenizerChoice,
@@ -82,6 +77,12 @@ pub(crate) struct PlanArguments {
 /// How the work is carried out.
 #[derive(Debug, Args)]
 pub(crate) struct EngineArguments {
+    /// How merged values are rounded: stochastic is unbiased but noisy
+    #[arg(long, value_enum, default_value_t = RoundingChoice::Nearest)]
+    rounding: RoundingChoice,
+    /// The seed of stochastic rounding
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
     /// Merge an adapter that holds NaN or infinities
     #[arg(long)]
     allow_nonfinite: bool,
@@ -234,6 +235,10 @@ impl EngineArguments {
         let mut options = RunOptions {
             threads: self.threads,
             allow_non_finite: self.allow_nonfinite,
+            rounding: match self.rounding {
+                RoundingChoice::Nearest => RoundingMode::Nearest,
+                RoundingChoice::Stochastic => RoundingMode::Stochastic { seed: self.seed },
+            },
             ..RunOptions::default()
         };
         if let Some(name) = &self.isa {
@@ -270,14 +275,6 @@ impl MakeArguments {
             shard_bytes: self.max_shard_size.map(|size| size.0),
             ..self.planning.merge_options()
         }
-    }
-
-    fn run_options(&self) -> Result<RunOptions, Failure> {
-        let mut options = self.engine.run_options()?;
-        if self.rounding == RoundingChoice::Stochastic {
-            options.rounding = RoundingMode::Stochastic { seed: self.seed };
-        }
-        Ok(options)
     }
 
     fn tokenizer(&self) -> TokenizerSource {
@@ -342,7 +339,7 @@ pub(crate) fn make(
         overwrite: arguments.write.overwrite(),
         durability: arguments.write.durability(),
     };
-    let run = arguments.run_options()?;
+    let run = arguments.engine.run_options()?;
     output::check_destination(&plan, &assets, &output)?;
     let making = Making { deed, arguments, plan, assets, output, run };
     text::announce(&making);
@@ -418,8 +415,20 @@ fn job_counts(plan: &MergePlan) -> (usize, usize) {
 /// The bound that the benchmark holds the engine to.
 fn memory_bound(plan: &MergePlan, run: &RunOptions) -> u64 {
     const MIB: u64 = 1 << 20;
-    let tensors = plan.adapters.iter().flat_map(|one| one.adapter.tensors());
-    let adapters: u64 = tensors.map(|tensor| 4 * tensor.elements() as u64).sum();
+    let components = plan.adapters.iter().flat_map(|one| {
+        let copies = if one.undo { 2 } else { 1 };
+        one.adapter.components.iter().map(move |component| (component, copies))
+    });
+    let adapters: u64 = components
+        .map(|(component, copies)| {
+            let elements: u64 =
+                component.form.tensors().iter().map(|tensor| tensor.elements() as u64).sum();
+            // Factors are packed as f32; what is more than factors is kept as f64, and some of it
+            // (the rotations of OFT) has two values for every one that is stored.
+            let plain = matches!(component.form, Form::LowRank(_) | Form::Experts(_));
+            elements * copies * if plain { 4 } else { 16 }
+        })
+        .sum();
     let headers: u64 = plan.base.shards().iter().map(|shard| shard.file.header().data_start).sum();
     64 * MIB + 4 * MIB * run.workers() as u64 + adapters + 4 * headers
 }

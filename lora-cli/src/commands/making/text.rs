@@ -348,7 +348,7 @@ fn loss_warning(arguments: &MakeArguments, report: &MergeReport) -> String {
     let realised = &report.realised;
     let lost = 1.0 - realised.projection().unwrap_or(1.0);
     let noise = realised.noise().unwrap_or(0.0);
-    let stochastic = arguments.rounding == RoundingChoice::Stochastic;
+    let stochastic = arguments.engine.rounding == RoundingChoice::Stochastic;
     let mut poor: Vec<_> = report.targets.iter().filter(|t| t.realised.is_poor()).collect();
     let total = report.targets.len();
     if lost < 0.1 && noise < 0.5 {

@@ -6,6 +6,7 @@ use super::config::{Configuration, Configured, ScalingTable};
 use super::methods::Method;
 use super::tensors::{self, Full, Parts, Sorted};
 use super::{adalora, factored, lora, lycoris, rotation, small};
+use crate::blocks::Expansions;
 use crate::container::safetensors::SafetensorsFile;
 use crate::error::{AdapterProblem, DetectProblem, Error, Result, Shape};
 use crate::model::{Component, Form, Note, Target};
@@ -16,6 +17,7 @@ pub(super) struct Builder<'a> {
     pub(super) config: Configuration<'a>,
     pub(super) problems: Vec<AdapterProblem>,
     pub(super) notes: &'a mut Vec<Note>,
+    pub(super) expansions: Expansions,
     components: Vec<Component>,
     /// Tensors that are understood and cannot be merged, by reason.
     refused: BTreeMap<&'static str, Vec<String>>,
@@ -31,6 +33,7 @@ pub(super) fn read(
 ) -> Result<Vec<Component>> {
     let mut problems = Vec::new();
     let tensors = tensor::map_all(file)?;
+    let stored = tensors.iter().map(|tensor| tensor.bytes().len() as u64).sum();
     let names: BTreeSet<String> = tensors.iter().map(|tensor| tensor.name.clone()).collect();
     let Sorted { modules, full, mut shared, passed_over } =
         tensors::sort(tensors, &config, &mut problems).map_err(|error| error.about(file.path()))?;
@@ -38,6 +41,7 @@ pub(super) fn read(
         config,
         problems,
         notes,
+        expansions: Expansions::new(stored),
         components: Vec::new(),
         refused: BTreeMap::new(),
         passed_over: Vec::new(),

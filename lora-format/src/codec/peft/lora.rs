@@ -9,8 +9,8 @@ use super::methods::part;
 use super::small::{TokenTable, push_rows};
 use super::tensors::Parts;
 use super::{A_SUFFIX, B_SUFFIX, PREFIX};
-use crate::blocks;
-use crate::error::{AdapterProblem, Error, Result, Shape};
+use crate::blocks::{self, Expansions};
+use crate::error::{AdapterProblem, Error, ExpansionProblem, Result, Shape};
 use crate::factors::{self, FactorTensors};
 use crate::model::{Candidate, Experts, Form, Layer, LowRank, Note, Scaling, Target};
 
@@ -100,17 +100,24 @@ impl<'a> BlockDiagonal<'a> {
 
     /// Fills in the zeros of a factor that is stored as blocks. PEFT looks for its patterns
     /// anywhere in the name.
-    fn expand(&self, module: &str, factors: &mut FactorTensors) -> Result<(), AdapterProblem> {
+    fn expand(
+        &self,
+        module: &str,
+        factors: &mut FactorTensors,
+        expansions: &mut Expansions,
+    ) -> Result<(), AdapterProblem> {
         let matches = |patterns: &[&str]| patterns.iter().any(|pattern| module.contains(pattern));
         for (factor, patterns) in [(&mut factors.a, &self.of_a), (&mut factors.b, &self.of_b)] {
             let Some(stored) = factor else { continue };
             if matches(patterns) {
-                *stored = blocks::block_diagonal(stored, self.count).ok_or_else(|| {
-                    AdapterProblem::FactorShape {
+                let expanded = blocks::block_diagonal(stored, self.count, expansions);
+                *stored = expanded.map_err(|problem| match problem {
+                    ExpansionProblem::TooLarge(limit) => limit.into(),
+                    ExpansionProblem::Shape => AdapterProblem::FactorShape {
                         tensor: stored.name.clone(),
                         shape: Shape(stored.shape.clone()),
                         expected: "its rows must divide into the configuration's nblocks",
-                    }
+                    },
                 })?;
             }
         }
@@ -230,7 +237,7 @@ fn build_layer(
         if is_embedding { [part::EMBEDDING_A, part::EMBEDDING_B] } else { [part::A, part::B] };
     let mut found = FactorTensors { a: parts.take(a), b: parts.take(b) };
     if let Some(blocks) = &variants.blocks
-        && let Err(problem) = blocks.expand(module, &mut found)
+        && let Err(problem) = blocks.expand(module, &mut found, &mut builder.expansions)
     {
         builder.problems.push(problem);
         return Ok(());
@@ -462,9 +469,7 @@ fn build_experts(
             return Ok(());
         }
     };
-    let precise = named(&variants.parameters, module, true);
-    let parameters =
-        if precise.is_empty() { named(&variants.parameters, module, false) } else { precise };
+    let parameters = named(&variants.parameters, module, false);
     if parameters.is_empty() {
         builder.refuse(
             "the factors of a bare parameter that `target_parameters` does not name",

@@ -1,6 +1,6 @@
 //! Tensor names: which module a tensor belongs to and what it is there.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::PREFIX;
 use super::config::{Configuration, is_empty, strings};
@@ -116,6 +116,9 @@ pub(super) fn sort(
             }
         }
     }
+    for name in sorted.lone_copies() {
+        refused.entry(LONE_COPY).or_default().push(name);
+    }
     if !refused.is_empty() {
         let features = refused.into_iter().map(|(reason, tensors)| summarise(reason, &tensors));
         let path = config.path.to_owned();
@@ -134,6 +137,22 @@ impl Sorted {
             let first = first.tensor().name.clone();
             problems.push(AdapterProblem::DuplicateFactor { first, second });
         }
+    }
+
+    /// Copies of a base's weight that no tensor of the method changes: PEFT saves one only beside
+    /// its changes.
+    fn lone_copies(&self) -> Vec<String> {
+        let inner = |name: &str| -> String {
+            let segments =
+                name.split('.').filter(|it| !["base_layer", "token_adapter"].contains(it));
+            segments.collect::<Vec<_>>().join(".")
+        };
+        let changed: BTreeSet<String> = self.modules.keys().map(|name| inner(name)).collect();
+        let copies = self.full.iter().filter_map(|((module, _), full)| match full {
+            Full::Base(tensor) => (!changed.contains(module)).then(|| tensor.name.clone()),
+            Full::Trained(_) => None,
+        });
+        copies.collect()
     }
 
     /// modules_to_save keeps the original beside the trained module, and some settings save both
@@ -193,6 +212,8 @@ fn find_part(method: Method, name: &str) -> Option<(&str, &'static str)> {
 struct Explained<'a> {
     modules_to_save: Vec<&'a str>,
     biases: bool,
+    /// Whether PEFT trained every bias, whatever it belongs to.
+    all_biases: bool,
     velora: bool,
     monteclora: bool,
 }
@@ -211,6 +232,7 @@ enum Stored {
 
 impl<'a> Explained<'a> {
     fn of(config: &Configuration<'a>) -> Result<Explained<'a>> {
+        let bias = config.text("bias")?;
         let set = |field| config.get(field).is_some_and(|value| !is_empty(value));
         Ok(Explained {
             modules_to_save: match config.get("modules_to_save") {
@@ -219,7 +241,8 @@ impl<'a> Explained<'a> {
                     Error::config(config.path, "modules_to_save", "a list of names", value)
                 })?,
             },
-            biases: config.text("bias")?.is_some_and(|bias| bias != "none"),
+            biases: bias.is_some_and(|bias| bias != "none"),
+            all_biases: bias == Some("all"),
             velora: set("velora_config"),
             monteclora: set("monteclora_config"),
         })
@@ -261,16 +284,19 @@ impl<'a> Explained<'a> {
         if trained_again || original {
             return Ok(Stored::Copy { module, parameter, original });
         }
-        let is_bias = parameter == "bias";
-        if copied && !is_bias {
-            return Ok(Stored::Base(module, parameter));
-        }
-        if copied
-            || (is_bias && self.biases)
-            || self.is_saved(&module)
-            || vocabulary::may_be_saved_whole(&module)
+        // MultiheadAttention's `in_proj_bias` is one of those that PEFT saved before 0.21.
+        let is_trained_bias = (parameter == "bias" && self.biases)
+            || (parameter.ends_with("_bias") && self.all_biases);
+        let of_vocabulary = vocabulary::may_be_saved_whole(&module);
+        if is_trained_bias
+            || (!copied && self.is_saved(&module))
+            || (of_vocabulary && (!copied || parameter == "bias"))
         {
             return Ok(Stored::Trained(module, parameter));
+        }
+        if copied && parameter != "bias" {
+            let is_saved = of_vocabulary && parameter == "weight";
+            return if is_saved { Ok(Stored::Base(module, parameter)) } else { Err(STRANGE_COPY) };
         }
         Err("a tensor stored in full that no field of the configuration speaks of \
              (modules_to_save, bias)")
@@ -286,6 +312,11 @@ impl<'a> Explained<'a> {
         })
     }
 }
+
+const LONE_COPY: &str = "a copy of the base's weight beside no change of it";
+
+const STRANGE_COPY: &str = "a copy of the base's parameter, of which PEFT saves only the weights of \
+                            embeddings and output heads";
 
 const CHECKPOINT: &str = "named after an adapter inside a training checkpoint; save the adapter \
                           with PEFT's save_pretrained";
