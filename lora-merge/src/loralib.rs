@@ -10,40 +10,47 @@ use crate::parameters::Parameters;
 use crate::place::Placed;
 use crate::plan::WeightedAdapter;
 
-/// Rewrites the components whose factors fit no matrix as they are.
+/// Rewrites the components whose factors fit no matrix as they are. What cannot be rewritten is
+/// taken out, with its problem.
 pub(crate) fn expand(
     adapters: &mut [WeightedAdapter],
-    placed: &[Placed],
+    placed: &mut Vec<Placed>,
     parameters: &Parameters,
     problems: &mut Vec<PlanProblem>,
 ) {
     let mut expansions: Vec<Expansions> =
         adapters.iter().map(|one| Expansions::of(&one.adapter)).collect();
-    for place in placed {
+    placed.retain(|place| {
         let adapter = &mut adapters[place.adapter].adapter;
         let Some(index) = place.parameter.filter(|_| adapter.format == AdapterFormat::Loralib)
         else {
-            continue;
+            return true;
         };
         let parameter = parameters.get(index);
-        let Form::LowRank(stored) = &mut adapter.components[place.component].form else { continue };
-        let kept = stored.layer == Layer::Linear && parameter.shape.len() != 4;
-        if kept {
-            continue;
+        let Form::LowRank(stored) = &mut adapter.components[place.component].form else {
+            return true;
+        };
+        if stored.layer == Layer::Linear && parameter.shape.len() != 4 {
+            return true;
         }
         match expanded(stored, &parameter.shape, &mut expansions[place.adapter]) {
-            Ok(linear) => *stored = linear,
+            Ok(linear) => {
+                *stored = linear;
+                true
+            }
             Err(ExpansionProblem::TooLarge(limit)) => {
                 let problem = format!("a factor that takes too much memory: {limit}");
                 problems.push(PlanProblem::Form { parameter: parameter.name.clone(), problem });
+                false
             }
             Err(_) if stored.layer == Layer::Merged => {
                 problems.push(PlanProblem::Groups { parameter: parameter.name.clone() });
+                false
             }
             // The shapes are compared later, and shown.
-            Err(_) => {}
+            Err(_) => true,
         }
-    }
+    });
 }
 
 /// The change that the factors form on a parameter of this shape. Where every group of a fused

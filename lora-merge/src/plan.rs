@@ -220,7 +220,7 @@ impl MergePlan {
                 *renames.entry(rename).or_default() += count;
             }
         }
-        loralib::expand(&mut adapters, &placed, &parameters, &mut problems);
+        loralib::expand(&mut adapters, &mut placed, &parameters, &mut problems);
         let ties =
             tied::resolve(&base, &parameters, &adapters, options.tied, &mut placed, &mut problems)?;
         let copies = copies::settle(
