@@ -214,7 +214,7 @@ pub enum PlanProblem {
     ExpertLayout { module: String, open: String, layouts: String },
     #[error("`{parameter}`: {}", irreversible_text(method))]
     Irreversible { parameter: String, method: &'static str },
-    #[error("`{parameter}`: the adapter holds {problem}")]
+    #[error("`{parameter}`: {problem}")]
     Form { parameter: String, problem: String },
     #[error("`{parameter}`: stored as {dtype} or quantised, so its values cannot be sampled")]
     Unsampled { parameter: String, dtype: Dtype },

@@ -59,8 +59,8 @@ pub(super) fn stored(matrix: Matrix, expected: Orientation) -> Fits {
     Err(format!("expected a matrix stored as {expected}, found {found}"))
 }
 
-/// Multiplications that the preparation of one parameter may take: a minute of one core at worst,
-/// and several times what the largest layers need with the settings that are in use.
+/// Multiplications that the preparation of one parameter may take: some twenty seconds of one core,
+/// and more than the largest layers need with the settings that are in use.
 const WORK: usize = 1 << 35;
 
 /// Whether so many multiplications are few enough: their number is that of the factors, which may
