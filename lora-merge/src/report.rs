@@ -38,7 +38,8 @@ pub struct TargetReport {
     pub realised: Realised,
     /// Elements of a replacement that the output's dtype had to round.
     pub rounded: u64,
-    /// What would survive if the parameter were quantised again with the scales that it had.
+    /// What would survive if the parameter were quantised again with the scales that it had, as a
+    /// sample of it shows.
     pub requantised: Option<Realised>,
     /// How much of what the parameter was before a merge can be told, where one is undone.
     pub undone: Option<Recovered>,

@@ -80,6 +80,10 @@ impl RunOptions {
     }
 }
 
+/// Finding the nearest codes takes many times what a merge does, and a share is a share: one tile
+/// of so many, the first of every matrix among them, is quantised again for the report.
+const REQUANTISED_TILES: usize = 16;
+
 /// Base and output tile together stay within a core's second-level cache.
 pub const DEFAULT_TILE_BYTES: usize = 512 * 1024;
 
@@ -469,8 +473,9 @@ impl Engine<'_> {
         for change in &planned.rows {
             overflowed += self.replace_rows(change, region, output, to);
         }
+        let sampled = self.options.requantise && number % REQUANTISED_TILES == 0;
         if let (Values::Quantised { .. }, true, true) =
-            (values, self.options.requantise, !planned.changes.is_empty())
+            (values, sampled, !planned.changes.is_empty())
         {
             report.requantised = requantise(values, elements.start, buffers, to);
         }
