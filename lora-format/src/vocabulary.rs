@@ -100,6 +100,11 @@ pub fn is_output_head(parameter_name: &str) -> bool {
     }) || OUTER_HEADS.contains(&without_parts(module))
 }
 
+/// Whether a parameter is named as either end of a vocabulary: it has a row for every token.
+pub fn is_either(parameter_name: &str) -> bool {
+    is_input_embedding(parameter_name) || is_output_head(parameter_name)
+}
+
 /// The name that the tied output head of an embedding has among a model's parameters, whether or
 /// not a checkpoint stores it; `None` where the embedding's name does not tell.
 ///

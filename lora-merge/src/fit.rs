@@ -115,11 +115,9 @@ impl<'a> Inputs<'a> {
         let mut by_parameter: BTreeMap<(Option<usize>, String), Vec<&Placed>> = BTreeMap::new();
         for place in placed {
             let own = self.component(place).target.name();
-            let of_vocabulary =
-                vocabulary::is_output_head(&own) || vocabulary::is_input_embedding(&own);
             let name = match (place.parameter, &self.ties.head) {
                 (Some(index), _) => self.parameters.get(index).name.clone(),
-                (None, Some(head)) if of_vocabulary => head.name.clone(),
+                (None, Some(head)) if vocabulary::is_either(&own) => head.name.clone(),
                 (None, _) => own,
             };
             by_parameter.entry((place.parameter, name)).or_default().push(place);
@@ -195,8 +193,7 @@ impl<'a> Inputs<'a> {
         let replaced = of(&|form| matches!(form, Form::Replaced(_)));
         let copies = of(&|form| matches!(form, Form::Base(_)));
         let rows = of(&|form| matches!(form, Form::Rows { .. }));
-        let changed =
-            of(&|form| !matches!(form, Form::Replaced(_) | Form::Base(_) | Form::Rows { .. }));
+        let changed = of(&is_delta);
         let dependent: Vec<&Placed> = changed
             .iter()
             .copied()
@@ -300,11 +297,8 @@ impl<'a> Inputs<'a> {
                 let shape = self.shape(group);
                 for place in &group.placed {
                     let component = self.component(place);
-                    let changes = !matches!(
-                        component.form,
-                        Form::Replaced(_) | Form::Base(_) | Form::Rows { .. }
-                    );
-                    if place.adapter != adapter || !changes || !matches!(place.part, Part::Whole) {
+                    let whole = matches!(place.part, Part::Whole);
+                    if place.adapter != adapter || !whole || !is_delta(&component.form) {
                         continue;
                     }
                     let key = (place.adapter, place.component);
@@ -523,6 +517,11 @@ fn lies(parameter: &str, shape: &[usize], form: &Form) -> FromShape {
     }
 }
 
+/// Whether a form changes what is there, rather than giving W or some of its rows.
+fn is_delta(form: &Form) -> bool {
+    !matches!(form, Form::Replaced(_) | Form::Base(_) | Form::Rows { .. })
+}
+
 /// Whether the form is of a linear layer, whose shape says how its kind stores weights.
 fn is_linear(form: &Form) -> bool {
     match form {
@@ -545,11 +544,9 @@ pub(crate) fn vocabulary(
     targets: &[PlannedTarget],
     problems: &mut Vec<PlanProblem>,
 ) -> Option<usize> {
-    let is_vocabulary =
-        |name: &str| vocabulary::is_input_embedding(name) || vocabulary::is_output_head(name);
     let rows = |shape: &[usize]| shape.first().copied().unwrap_or(0);
     let resized = targets.iter().find(|target| {
-        is_vocabulary(&target.name)
+        vocabulary::is_either(&target.name)
             && target
                 .parameter
                 .is_some_and(|index| rows(&parameters.get(index).shape) != rows(&target.shape))
@@ -564,7 +561,7 @@ pub(crate) fn vocabulary(
         .filter(|(index, _)| targets.iter().all(|target| target.parameter != Some(*index)))
         .map(|(_, parameter)| (parameter.name.as_str(), rows(&parameter.shape)));
     for (name, rows) in sizes.chain(kept) {
-        if is_vocabulary(name) && rows != new {
+        if vocabulary::is_either(name) && rows != new {
             problems.push(PlanProblem::Vocabulary {
                 parameter: name.to_owned(),
                 rows,

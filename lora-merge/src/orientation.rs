@@ -60,7 +60,9 @@ pub(crate) fn from_shape(
         (true, true) => return FromShape::Square,
         (true, false) => return FromShape::Decided(Orientation::OutIn),
         (false, true) => return FromShape::Decided(Orientation::InOut),
-        (false, false) if is_vocabulary(parameter) && (fits(input, cols) || fits(out, rows)) => {
+        (false, false)
+            if vocabulary::is_either(parameter) && (fits(input, cols) || fits(out, rows)) =>
+        {
             ShapeCause::ResizedVocabulary
         }
         (false, false) => ShapeCause::WrongBase,
@@ -82,10 +84,6 @@ pub(crate) fn misfit(
         in_features: features.input,
         cause,
     }
-}
-
-fn is_vocabulary(parameter: &str) -> bool {
-    vocabulary::is_input_embedding(parameter) || vocabulary::is_output_head(parameter)
 }
 
 /// Decides square targets.

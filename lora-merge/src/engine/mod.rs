@@ -26,7 +26,7 @@ use crate::error::{Error, Result};
 use crate::kernels::{self, Factors, FloatType, Isa, Rounding, TileRegion, TileStats};
 use crate::layout::{Job, OutputFile};
 use crate::low_rank::{self, Term};
-use crate::numbers::{decode_bytes, dtype_of, non_finite};
+use crate::numbers::{decode_bytes, dtype_of, float_type, non_finite};
 use crate::operator::{self, Operator};
 use crate::parameters::Source;
 use crate::plan::{Change, MergePlan, PlannedTarget};
@@ -319,18 +319,17 @@ impl TileReport {
 
 /// The changes of one matrix, ready to be applied to any tile of it.
 struct Prepared {
-    /// All low-rank terms.
-    factors: Option<Factors>,
-    /// All others, with their weights.
-    operators: Vec<(Box<dyn Operator>, f64)>,
+    all: Changes,
     /// What is taken out again, by itself.
-    undone: Option<Undone>,
+    undone: Option<Changes>,
 }
 
-/// The changes that are taken out of a merged matrix.
-struct Undone {
-    factors: Option<Factors>,
-    operators: Vec<(Box<dyn Operator>, f64)>,
+/// Changes that add up.
+struct Changes {
+    /// All low-rank terms.
+    factors: Option<Arc<Factors>>,
+    /// All others, with their weights.
+    operators: Vec<(Arc<dyn Operator>, f64)>,
 }
 
 /// A worker's buffers, kept from tile to tile.
@@ -429,8 +428,8 @@ impl Engine<'_> {
         let Buffers { output, scratch, base: numbers, delta, .. } = buffers;
         let base = values.read(elements.clone(), scratch);
         let mut report = TileReport::default();
-        match &*prepared {
-            Prepared { factors: None, operators, .. } if operators.is_empty() => {
+        match &prepared.all {
+            Changes { factors: None, operators } if operators.is_empty() => {
                 let converted = kernels::convert(isa, base, from, output, to);
                 report.stats.elements = converted.elements;
                 report.stats.overflowed = converted.overflowed;
@@ -438,23 +437,23 @@ impl Engine<'_> {
                     report.rounded = converted.changed;
                 }
             }
-            Prepared { factors: Some(factors), operators, .. } if operators.is_empty() => {
+            Changes { factors: Some(factors), operators } if operators.is_empty() => {
                 report.stats =
                     kernels::merge_tile(isa, factors, region, base, from, output, to, rounding);
             }
-            Prepared { factors, operators, .. } => {
+            changes => {
                 numbers.resize(elements.len(), 0.0);
                 decode_bytes(from, base, 0, 1, numbers);
-                sum(isa, factors.as_ref(), operators, region, numbers, delta);
+                changes.sum(isa, region, numbers, delta);
                 let cols = planned.matrix().1;
                 report.stats =
                     kernels::add_tile(isa, cols, region, delta, base, from, output, to, rounding);
             }
         }
-        if let Some(Undone { factors, operators }) = &prepared.undone {
+        if let Some(undone) = &prepared.undone {
             numbers.resize(elements.len(), 0.0);
             decode_bytes(from, base, 0, 1, numbers);
-            sum(isa, factors.as_ref(), operators, region, numbers, delta);
+            undone.sum(isa, region, numbers, delta);
             report.undone = Recovered::of(dtype_of(from), numbers, delta);
         }
         if let (Source::Brought { adapter, component }, false) =
@@ -502,7 +501,7 @@ impl Engine<'_> {
         if self.options.fault == Some(form.method()) {
             return 0;
         }
-        let Some(from) = crate::numbers::float_type(rows.dtype) else { return 0 };
+        let Some(from) = float_type(rows.dtype) else { return 0 };
         let width = rows.shape.get(1).copied().unwrap_or(0);
         let mut overflowed = 0;
         for (position, &index) in indices.iter().enumerate() {
@@ -532,8 +531,9 @@ impl Engine<'_> {
         let terms: Vec<Term> =
             changes.terms.iter().filter(|term| !faulty(self.plan.form(term))).cloned().collect();
         let pack = |terms: &[Term]| {
-            (!terms.is_empty())
-                .then(|| low_rank::pack((rows, cols), terms, &|term| self.plan.form(term)))
+            (!terms.is_empty()).then(|| {
+                Arc::new(low_rank::pack((rows, cols), terms, &|term| self.plan.form(term)))
+            })
         };
         let factors = pack(&terms);
         for term in &terms {
@@ -558,20 +558,24 @@ impl Engine<'_> {
             if faulty(form) {
                 continue;
             }
-            let prepare = || operator::prepare(form, planned.matrix, isa, threads, &read);
-            if let Some(operator) = prepare()? {
+            let prepared = operator::prepare(form, planned.matrix, isa, threads, &read)?;
+            if let Some(operator) = prepared.map(Arc::from) {
+                if self.plan.adapters[adapter].undo {
+                    undone.push((Arc::clone(&operator), weight));
+                }
                 operators.push((operator, weight));
                 self.ledger.enter_all(self.plan, adapter, component);
             }
-            if self.plan.adapters[adapter].undo {
-                undone.extend(prepare()?.map(|operator| (operator, weight)));
-            }
         }
         let undoes = |term: &&Term| self.plan.adapters[term.adapter].undo;
-        let terms: Vec<Term> = terms.iter().filter(undoes).cloned().collect();
-        let undone = (!terms.is_empty() || !undone.is_empty())
-            .then(|| Undone { factors: pack(&terms), operators: undone });
-        Ok(Prepared { factors, operators, undone })
+        let undone_terms: Vec<Term> = terms.iter().filter(undoes).cloned().collect();
+        let undone_factors = match undone_terms.len() == terms.len() {
+            true => factors.clone(),
+            false => pack(&undone_terms),
+        };
+        let undone = (undone_factors.is_some() || !undone.is_empty())
+            .then_some(Changes { factors: undone_factors, operators: undone });
+        Ok(Prepared { all: Changes { factors, operators }, undone })
     }
 
     fn is_faulty(&self, source: Source) -> bool {
@@ -644,22 +648,17 @@ impl Engine<'_> {
     }
 }
 
-/// The sum of all changes of a tile of whole or partial rows.
-fn sum(
-    isa: Isa,
-    factors: Option<&Factors>,
-    operators: &[(Box<dyn Operator>, f64)],
-    region: TileRegion,
-    base: &[f32],
-    delta: &mut Vec<f64>,
-) {
-    delta.clear();
-    delta.resize(base.len(), 0.0);
-    if let Some(factors) = factors {
-        kernels::product_tile(isa, factors, region, delta);
-    }
-    for (operator, weight) in operators {
-        operator.add(isa, region.row..region.row + region.rows, base, *weight, delta);
+impl Changes {
+    /// Their sum in a tile of whole or partial rows.
+    fn sum(&self, isa: Isa, region: TileRegion, base: &[f32], delta: &mut Vec<f64>) {
+        delta.clear();
+        delta.resize(base.len(), 0.0);
+        if let Some(factors) = &self.factors {
+            kernels::product_tile(isa, factors, region, delta);
+        }
+        for (operator, weight) in &self.operators {
+            operator.add(isa, region.row..region.row + region.rows, base, *weight, delta);
+        }
     }
 }
 

@@ -22,13 +22,12 @@ pub(crate) struct Features {
 /// The features that the form's tensors fix. Of tensors that [`check`] would refuse, any.
 pub(crate) fn features(form: &Form) -> Features {
     match form {
-        Form::LowRank(form) => dora::features(form),
+        Form::LowRank(form) | Form::Proportional(form) => dora::features(form),
         Form::Hadamard(form) => hadamard::features(form),
         Form::Kronecker(form) => kronecker::features(form),
         Form::Gain(form) => gain::features(form),
         Form::Rotation(form) => rotation::features(form),
         Form::Tiled(form) => tiled::features(form),
-        Form::Proportional(form) => proportional::features(form),
         Form::Reflections(form) => reflections::features(form),
         Form::Butterfly(form) => butterfly::features(form),
         Form::Circulant(kernels) => circulant::features(kernels),

@@ -8,8 +8,8 @@ use std::ops::Range;
 use lora_format::model::LowRank;
 
 use super::product::{self, Product};
-use super::shapes::{self, Fits};
-use super::{Features, Matrix, Operator};
+use super::shapes::Fits;
+use super::{Matrix, Operator, dora};
 use crate::kernels::{Factors, Isa};
 
 struct Hira {
@@ -17,15 +17,8 @@ struct Hira {
     product: Factors,
 }
 
-pub(super) fn features(form: &LowRank) -> Features {
-    let (out, input) = product::low_rank_features(form);
-    Features { out: Some(out), input: Some(input) }
-}
-
 pub(super) fn check(form: &LowRank, matrix: Matrix) -> Fits {
-    product::check_low_rank(form)?;
-    let (out, input) = product::low_rank_features(form);
-    shapes::matrix(matrix, out, input)?;
+    dora::check(form, matrix)?;
     match form.magnitude {
         None => Ok(()),
         Some(_) => Err("expected no magnitudes, found some".to_owned()),

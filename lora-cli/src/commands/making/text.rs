@@ -71,8 +71,7 @@ fn changes_of_shape(plan: &MergePlan) -> Vec<String> {
     }
     let heads = plan.targets.iter().filter(|target| {
         let stored = target.parameter.map(|index| &plan.parameters.get(index).shape);
-        let of_vocabulary = vocabulary::is_input_embedding(&target.name)
-            || vocabulary::is_output_head(&target.name);
+        let of_vocabulary = vocabulary::is_either(&target.name);
         target.shape.len() == 2 && stored != Some(&target.shape) && !of_vocabulary
     });
     for head in heads {
