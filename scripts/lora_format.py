@@ -36,7 +36,9 @@ RULES = {
     "alpha/sqrt-rank": lambda alpha, rank: alpha / math.sqrt(rank),
     "direct": lambda alpha, rank: alpha,
 }
-FEATURES = {"low-rank"}
+FACTORS = {"lora_A.weight", "lora_B.weight", "A", "B", "embedding_A", "embedding_B"}
+ROLES = ("A", "B", "embedding_A", "embedding_B", "magnitude", "value", "rows", "indices", "added", "scale")
+FEATURES = {"add", "convolution", "embedding", "low-rank", "magnitude", "replace", "replace-rows"}
 GOLDEN = 0x9E3779B97F4A7C15
 
 
@@ -71,13 +73,24 @@ class Tensor:
         return flat.reshape(self.shape)
 
 
+def full_name(module, parameter):
+    """A parameter's, which may be the model's own."""
+    return f"{module}.{parameter}" if module else parameter
+
+
 @dataclass
 class Component:
+    """A low-rank change (F7, F24 to F26)."""
+
     module: str
     a: Tensor
     b: Tensor
     alpha: float
     rule: str
+    parameter: str = "weight"
+    embedding: bool = False
+    magnitude: Tensor | None = None
+    order = 1
 
     @property
     def rank(self):
@@ -87,10 +100,121 @@ class Component:
     def scale(self):
         return RULES[self.rule](float(self.alpha), self.rank)
 
+    @property
+    def layer(self):
+        if self.embedding:
+            return "embedding"
+        return "convolution" if 3 <= len(self.a.shape) <= 5 else "linear"
+
+    def is_plain(self):
+        """F10: what other loaders may apply."""
+        return self.parameter == "weight" and not self.embedding and self.magnitude is None
+
     def stored_alpha(self):
         """F9: s·rank, rounded once to f32."""
         with np.errstate(over="ignore"):
             return np.float32(self.scale * self.rank)
+
+    def called(self):
+        """F13: its name among the overrides."""
+        whole = full_name(self.module, self.parameter)
+        return self.module if self.parameter == "weight" else whole
+
+    def tensors(self):
+        if self.is_plain():
+            alpha = Tensor("F32", [], self.stored_alpha().tobytes())
+            return {f"{self.module}.lora_A.weight": self.a, f"{self.module}.lora_B.weight": self.b,
+                    f"{self.module}.alpha": alpha}  # fmt: skip
+        kind = "embedding_" if self.embedding else ""
+        name = full_name(self.module, self.parameter)
+        tensors = {f"{name}.lora:{kind}A": self.a, f"{name}.lora:{kind}B": self.b}
+        if self.magnitude is not None:
+            tensors[f"{name}.lora:magnitude"] = self.magnitude
+        return tensors
+
+    def features(self):
+        kind = {"linear": "low-rank"}.get(self.layer, self.layer)
+        return {kind} | ({"magnitude"} if self.magnitude is not None else set())
+
+    def apply(self, weight):
+        """W' in f64, in the shape in which the base stores it."""
+        changed = weight + delta(self).reshape(weight.shape)
+        if self.magnitude is None:
+            return changed
+        axis = 0 if self.embedding else tuple(range(1, weight.ndim))
+        norm = np.sqrt((changed**2).sum(axis=axis, keepdims=True))
+        return self.magnitude.values().astype(np.float64).reshape(norm.shape) * (changed / norm)
+
+
+@dataclass
+class Replaced:
+    """The whole parameter (F27)."""
+
+    module: str
+    parameter: str
+    value: Tensor
+    order = 0
+
+    def tensors(self):
+        return {f"{full_name(self.module, self.parameter)}.lora:value": self.value}
+
+    def features(self):
+        return {"replace"}
+
+    def apply(self, weight):
+        return self.value.values().astype(np.float64)
+
+
+@dataclass
+class Rows:
+    """Some of a parameter's rows (F28)."""
+
+    module: str
+    parameter: str
+    indices: list
+    rows: Tensor
+    order = 3
+
+    def tensors(self):
+        name = full_name(self.module, self.parameter)
+        indices = np.array(self.indices, "<i8").tobytes()
+        return {f"{name}.lora:rows": self.rows,
+                f"{name}.lora:indices": Tensor("I64", [len(self.indices)], indices)}  # fmt: skip
+
+    def features(self):
+        return {"replace-rows"}
+
+    def apply(self, weight):
+        changed = weight.copy()
+        changed[self.indices] = self.rows.values()
+        return changed
+
+
+@dataclass
+class Added:
+    """A change in full (F29)."""
+
+    module: str
+    parameter: str
+    change: Tensor
+    scale: float
+    order = 2
+
+    def tensors(self):
+        name = full_name(self.module, self.parameter)
+        return {f"{name}.lora:added": self.change,
+                f"{name}.lora:scale": Tensor("F64", [], struct.pack("<d", self.scale))}  # fmt: skip
+
+    def features(self):
+        return {"add"}
+
+    def apply(self, weight):
+        return weight + self.scale * self.change.values().astype(np.float64)
+
+
+def in_order(components):
+    """By target, and those of one target as they act."""
+    return sorted(components, key=lambda c: (c.module, c.parameter, c.order))
 
 
 @dataclass
@@ -106,9 +230,10 @@ class Adapter:
 
 
 def delta(component):
-    """s·B·A in f64 (F7), as [out, in]."""
+    """s·B·A in f64 as [out, in] (F7), [out, in·kernel] (F24), [vocabulary, dimension] (F25)."""
     a, b = (t.values().astype(np.float64) for t in (component.a, component.b))
-    return component.scale * (b @ a)
+    change = component.scale * (b.reshape(len(b), -1) @ a.reshape(len(a), -1))
+    return change.T if component.embedding else change
 
 
 # ---------------------------------------------------------------- JSON
@@ -266,6 +391,103 @@ def read_fingerprint(value):
     return True
 
 
+def read_components(tensors, default, scalings):
+    """The components of F7 and F24 to F29, in no particular order."""
+    parts = {}
+    for name, tensor in tensors.items():
+        plain = re.fullmatch(r"(.+)\.(lora_A\.weight|lora_B\.weight|alpha)", name, re.DOTALL)
+        other = re.fullmatch(rf"(?:(.+)\.)?([^.]+)\.lora:({'|'.join(ROLES)})", name, re.DOTALL)
+        check(plain or other, "F11", f"`{name}` belongs to no component")
+        target = (plain[1], "weight") if plain else (other[1] or "", other[2])
+        parts.setdefault(target, {})[plain[2] if plain else other[3]] = tensor
+    factors = [roles for roles in parts.values() if roles.keys() & FACTORS]
+    check(not factors or default, "F12", "`scaling` is missing")
+    check(factors or not default, "F12", "`scaling`, and nothing is scaled")
+
+    components, scalings = [], dict(scalings)
+    for (module, parameter), roles in parts.items():
+        name = full_name(module, parameter)
+
+        def pair(first, second):
+            found = roles.pop(first, None), roles.pop(second, None)
+            check((found[0] is None) == (found[1] is None), "F11", f"`{name}`: {first} or {second}")
+            return found
+
+        for a, b in (("lora_A.weight", "lora_B.weight"), ("A", "B"), ("embedding_A", "embedding_B")):
+            if {a, b} & roles.keys():
+                called = Component(module, None, None, 0, "", parameter).called()
+                component = Component(module, *pair(a, b), *scalings.pop(called, default), parameter)
+                component.embedding = a == "embedding_A"
+                plain = a == "lora_A.weight"
+                component.magnitude = None if plain else roles.pop("magnitude", None)
+                check_factors(component, name)
+                check(component.is_plain() == plain, "F10", f"`{name}`: plain factors")
+                if plain:
+                    check_alpha(component, roles.pop("alpha", None))
+                components.append(component)
+        if "value" in roles:
+            components.append(Replaced(module, parameter, roles.pop("value")))
+        rows, indices = pair("rows", "indices")
+        if rows is not None:
+            check(rows.dtype in FLOATS, "F28", f"`{name}`: rows of {rows.dtype}")
+            check(len(rows.shape) == 2 and rows.shape[0], "F28", f"`{name}`: rows {rows.shape}")
+            check((indices.dtype, indices.shape) == ("I64", rows.shape[:1]), "F28",
+                  f"`{name}`: {indices.dtype} {indices.shape}")  # fmt: skip
+            places = np.frombuffer(indices.data, "<i8").tolist()
+            check(places == sorted(set(places)) and places[0] >= 0, "F28", f"`{name}`: {places}")
+            components.append(Rows(module, parameter, places, rows))
+        change, scale = pair("added", "scale")
+        if change is not None:
+            check(change.dtype in FLOATS, "F29", f"`{name}`: a change of {change.dtype}")
+            check((scale.dtype, scale.shape) == ("F64", []), "F29", f"`{name}`: no F64 scalar")
+            (value,) = struct.unpack("<d", scale.data)
+            check(math.isfinite(value), "F29", f"`{name}`: {value}")
+            components.append(Added(module, parameter, change, value))
+        check(not roles, "F11", f"`{name}`: {sorted(roles)} belong to no component")
+    check(not scalings, "F11", "an override without tensors")
+    return components
+
+
+def check_factors(component, name):
+    a, b = component.a, component.b
+    for factor in (a, b):
+        check(factor.dtype in FLOATS, "F7", f"`{name}`: dtype {factor.dtype}")
+    rule = {"linear": "F7", "convolution": "F24", "embedding": "F25"}[component.layer]
+    dimensions = len(a.shape) if component.layer == "convolution" else 2
+    for factor in (a, b):
+        check(len(factor.shape) == dimensions, rule, f"`{name}`: shape {factor.shape}")
+    check(set(b.shape[2:]) <= {1}, rule, f"`{name}`: shape {b.shape}")
+    check(a.shape[0] == b.shape[1], rule, f"`{name}`: the ranks differ")
+    check(1 <= a.shape[0] <= MAX_RANK, "F6", f"`{name}`: rank {a.shape[0]}")
+    check(math.isfinite(component.scale), "F12", f"`{name}`: scale {component.scale}")
+    magnitude = component.magnitude
+    if magnitude is not None:
+        check(magnitude.dtype in FLOATS, "F26", f"`{name}`: m of {magnitude.dtype}")
+        check(magnitude.shape == b.shape[:1], "F26", f"`{name}`: m of shape {magnitude.shape}")
+
+
+def check_alpha(component, alpha):
+    name = f"`{component.module}.alpha`"
+    check(alpha, "F9", f"{name} is missing")
+    check((alpha.dtype, alpha.shape) == ("F32", []), "F9", f"{name} is no F32 scalar")
+    expected = component.stored_alpha()
+    check(np.isfinite(expected), "F9", f"{name}: s·rank is beyond f32")
+    check(alpha.values() == expected, "F9", f"{name} is {alpha.values()}, not {expected}")
+
+
+def check_together(components):
+    """F30."""
+    forms = {}
+    for component in components:
+        name = full_name(component.module, component.parameter)
+        others = forms.setdefault(name, set())
+        form = type(component)
+        changes = {Component, Added}
+        clash = form in others or (form is Rows and others & changes)
+        check(not clash, "F30", f"`{name}` is changed twice")
+        others.add(form)
+
+
 def read(path):
     tensors, metadata, data = read_container(path)
     check("lora_format" in metadata, "F3", "no lora_format in __metadata__")
@@ -280,12 +502,11 @@ def read(path):
     requires = member(config, "requires", list, required=True, rule="F20")
     unknown = [name for name in requires if not isinstance(name, str) or name not in FEATURES]
     check(not unknown, "F20", f"requires {unknown}")
-    check(requires == sorted(FEATURES), "F20", f"requires {requires}, uses low-rank")
     digest = member(config, "digest", str, required=True, rule="F23")
     check(re.fullmatch("sha256:[0-9a-f]{64}", digest), "F23", f"digest {digest}")
 
-    check("scaling" in config, "F12", "`scaling` is missing")
-    default = read_scaling(config["scaling"])
+    default = config.get("scaling")
+    default = read_scaling(default) if default is not None else None
     scalings = {}
     for override in member(config, "overrides", list) or []:
         closed(override, ("scaling", "modules"), "an override")
@@ -313,31 +534,11 @@ def read(path):
         check(extension.get("copy") in ("safe", "unsafe"), "F22", f"{name}: copy is neither")
         check("value" in extension, "F22", f"{name}: no value")
 
-    modules = {}
-    for name, tensor in tensors.items():
-        match = re.fullmatch(r"(.+)\.(lora_A\.weight|lora_B\.weight|alpha)", name, re.DOTALL)
-        check(match, "F11", f"`{name}` belongs to no component")
-        modules.setdefault(match[1], {})[match[2]] = tensor
-    check(not scalings.keys() - modules.keys(), "F11", "an override without tensors")
-    components = []
-    for module, roles in sorted(modules.items()):
-        a, b = roles.get("lora_A.weight"), roles.get("lora_B.weight")
-        check(a and b, "F11", f"`{module}` lacks a factor")
-        for factor in (a, b):
-            check(factor.dtype in FLOATS, "F7", f"`{module}`: dtype {factor.dtype}")
-            check(len(factor.shape) == 2, "F7", f"`{module}`: shape {factor.shape}")
-        check(a.shape[0] == b.shape[1], "F7", f"`{module}`: the ranks differ")
-        check(1 <= a.shape[0] <= MAX_RANK, "F6", f"`{module}`: rank {a.shape[0]}")
-        component = Component(module, a, b, *scalings.get(module, default))
-        check(math.isfinite(component.scale), "F12", f"`{module}`: scale {component.scale}")
-        alpha = roles.get("alpha")
-        check(alpha, "F9", f"`{module}.alpha` is missing")
-        check((alpha.dtype, alpha.shape) == ("F32", []), "F9", f"`{module}.alpha` is no F32 scalar")
-        expected = component.stored_alpha()
-        check(np.isfinite(expected), "F9", f"`{module}`: s·rank is beyond f32")
-        check(alpha.values() == expected, "F9", f"`{module}.alpha` is {alpha.values()}, not {expected}")
-        components.append(component)
+    components = in_order(read_components(tensors, default, scalings))
     check(components, "F11", "no components")
+    check_together(components)
+    used = sorted(set().union(*(component.features() for component in components)))
+    check(requires == used, "F20", f"requires {requires}, uses {used}")
     fan_in_fan_out = member(config, "fan_in_fan_out", bool)
     matches = digest == "sha256:" + hashlib.sha256(data).hexdigest()
     return Adapter(components, base, fan_in_fan_out, source, extensions, metadata, digest, matches)
@@ -359,23 +560,22 @@ def encode(adapter):
     tensors = {}
     groups = {}
     for component in adapter.components:
-        module = component.module
-        tensors[f"{module}.lora_A.weight"] = component.a
-        tensors[f"{module}.lora_B.weight"] = component.b
-        tensors[f"{module}.alpha"] = Tensor("F32", [], component.stored_alpha().tobytes())
-        (bits,) = struct.unpack("<Q", struct.pack("<d", component.alpha))
-        groups.setdefault((component.rule, bits, float(component.alpha)), []).append(module)
+        tensors |= component.tensors()
+        if isinstance(component, Component):
+            (bits,) = struct.unpack("<Q", struct.pack("<d", component.alpha))
+            key = (component.rule, bits, float(component.alpha))
+            groups.setdefault(key, []).append(component.called())
     stored = sorted(tensors.items(), key=lambda t: (-ORDER[t[1].dtype], t[0]))
     data = b"".join(tensor.data for _, tensor in stored)
 
     # F13: the most common scaling, and the first of equally common ones, is the default.
     ordered = sorted(groups, key=lambda key: list(RULES).index(key[0]) << 64 | key[1])
-    default = max(ordered, key=lambda key: len(groups[key]))
+    default = max(ordered, key=lambda key: len(groups[key]), default=None)
     config = {
         "version": "1.0-draft",
-        "requires": ["low-rank"],
+        "requires": sorted(set().union(*(c.features() for c in adapter.components))),
         "digest": "sha256:" + hashlib.sha256(data).hexdigest(),
-        "scaling": scaling_value(default[2], default[0]),
+        "scaling": scaling_value(default[2], default[0]) if default else None,
         "overrides": [
             {"scaling": scaling_value(key[2], key[0]), "modules": sorted(groups[key])}
             for key in ordered
@@ -415,12 +615,13 @@ def samples(tensor):
     return tensor.values().reshape(-1)[positions(count) if count else []]
 
 
-def fingerprint(modules, base):
+def fingerprint(components, base):
     """F17, from the base's tensors by name."""
-    modules = sorted(modules)
-    m = min(len(modules), 64)
+    components = in_order(components)
+    m = min(len(components), 64)
     targets = []
-    for name in (f"{modules[i * len(modules) // m]}.weight" for i in range(m)):
+    for component in (components[i * len(components) // m] for i in range(m)):
+        name = full_name(component.module, component.parameter)
         values = base64.b64encode(samples(base[name]).astype("<f4").tobytes()).decode()
         targets.append({"target": name, "dtype": base[name].dtype,
                         "shape": list(base[name].shape), "values": values})  # fmt: skip
@@ -471,12 +672,25 @@ def describe(adapter):
         return {"dtype": tensor.dtype, "shape": tensor.shape,
                 "sha256": hashlib.sha256(tensor.data).hexdigest()}  # fmt: skip
 
+    def component(c):
+        target = {} if c.parameter == "weight" else {"parameter": c.parameter}
+        match c:
+            case Component():
+                form = {} if c.layer == "linear" else {"layer": c.layer}
+                if c.magnitude is not None:
+                    form["magnitude"] = factor(c.magnitude)
+                form |= {"rank": c.rank, "alpha": float(c.alpha), "rule": c.rule,
+                         "scale": c.scale, "a": factor(c.a), "b": factor(c.b)}  # fmt: skip
+            case Replaced():
+                form = {"value": factor(c.value)}
+            case Rows():
+                form = {"indices": c.indices, "rows": factor(c.rows)}
+            case Added():
+                form = {"added": factor(c.change), "scale": c.scale}
+        return {"module": c.module} | target | form
+
     return {
-        "modules": [
-            {"module": c.module, "rank": c.rank, "alpha": float(c.alpha), "rule": c.rule,
-             "scale": c.scale, "a": factor(c.a), "b": factor(c.b)}  # fmt: skip
-            for c in adapter.components
-        ],
+        "modules": [component(c) for c in adapter.components],
         "fan_in_fan_out": adapter.fan_in_fan_out,
         "base": {k: adapter.base.get(k) for k in ("name", "revision", "fingerprint")},
         "source": adapter.source,

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 import lora_format as lf
-from lora_format import Adapter, Component, Tensor
+from lora_format import Adapter, Added, Component, Replaced, Rows, Tensor
 
 NATIVE = Path(__file__).resolve().parent.parent / "fixtures" / "native"
 
@@ -55,6 +55,62 @@ def layers(count=2, **keywords):
     return [component(f"model.layers.{i}.q_proj", seed=i, **keywords) for i in range(count)]
 
 
+def convolution(module, kernel, rank=2, alpha=16.0, rule="alpha/rank", dtype="F32", shape=(4, 3), seed=1):
+    a = tensor(dtype, rank, shape[1], *kernel, seed=2 * seed)
+    b = tensor(dtype, shape[0], rank, *(1 for _ in kernel), seed=2 * seed + 1)
+    return Component(module, a, b, alpha, rule)
+
+
+def embedding(module, rank=2, alpha=16.0, shape=(5, 3), seed=1, **keywords):
+    """`shape` is vocabulary × dimension."""
+    a, b = tensor("F32", rank, shape[0], seed=2 * seed), tensor("F32", shape[1], rank, seed=2 * seed + 1)
+    return Component(module, a, b, alpha, "alpha/rank", embedding=True, **keywords)
+
+
+def with_magnitude(component, dtype="F32", seed=9):
+    component.magnitude = tensor(dtype, component.b.shape[0], seed=seed)
+    return component
+
+
+def opaque(dtype, *shape):
+    """A tensor of a dtype that nothing is computed with: its bytes count up."""
+    return Tensor(dtype, list(shape), bytes(i & 0xFF for i in range(math.prod(shape) * lf.DTYPES[dtype] // 8)))
+
+
+def norm(module="model.norm", seed=11):
+    return Replaced(module, "weight", tensor("BF16", 6, seed=seed))
+
+
+def rows(module="model.embed_tokens", indices=(0, 7, 2**40), parameter="weight", dtype="F16"):
+    return Rows(module, parameter, list(indices), tensor(dtype, len(indices), 3, seed=12))
+
+
+def added(module="model.layers.0.q_proj", scale=8.0, parameter="bias", dtype="F32", shape=(4,)):
+    return Added(module, parameter, tensor(dtype, *shape, seed=13), scale)
+
+
+def mixed_forms():
+    """An adapter of everything, and the base that it was made for."""
+    components = [
+        *layers(2, rank=3),
+        convolution("vision.patches", (2, 2), alpha=4.0),
+        embedding("model.positions", shape=(6, 4), seed=5),
+        with_magnitude(component("model.layers.0.o_proj", alpha=8.0)),
+        norm(),
+        Replaced("lm_head", "weight", tensor("F16", 9, 3, seed=14)),
+        Replaced("model.layers.0.q_proj", "bias", tensor("F32", 4, seed=15)),
+        added(),
+        rows(indices=(1, 2)),
+        Replaced("", "temperature", tensor("F32", seed=16)),
+    ]
+    shapes = {"vision.patches.weight": (4, 3, 2, 2), "model.positions.weight": (6, 4), "lm_head.weight": (7, 3),
+              "model.embed_tokens.weight": (7, 3), "model.norm.weight": (6,), "temperature": (),
+              "model.layers.0.q_proj.bias": (4,)}  # fmt: skip
+    names = {lf.full_name(c.module, c.parameter) for c in components}
+    base = {n: tensor("F32", *shapes.get(n, (4, 3)), seed=70 + i) for i, n in enumerate(sorted(names))}
+    return Adapter(components, base={"fingerprint": lf.fingerprint(components, base)}), base
+
+
 def fingerprinted():
     """An adapter, and the base that it was made for."""
     components = layers(3)
@@ -68,7 +124,7 @@ def fingerprinted():
     identity = {
         "name": "/home/trainer/models/tiny",
         "revision": "8e5b9b4",
-        "fingerprint": lf.fingerprint([c.module for c in components], base),
+        "fingerprint": lf.fingerprint(components, base),
     }
     return Adapter(components, base=identity), base
 
@@ -140,6 +196,32 @@ def vectors():
                          source={"format": "peft", "config": PEFT}, metadata={"author": "someone"}),
                  "the configuration of the format that it came from (F15)"),
         "not-fan-in": (Adapter(layers(1), fan_in_fan_out=False), "`false` is not empty, and is written"),
+        "convolution": (Adapter([convolution("c1", (3,)), convolution("c2", (2, 3), dtype="BF16", seed=2),
+                                 convolution("c3", (2, 1, 2), alpha=3.0, rule="alpha/sqrt-rank", seed=3),
+                                 convolution("point", (1, 1), rank=1, seed=4)]),
+                        "kernels of one to three dimensions (F24)"),
+        "embedding": (Adapter([embedding("wte"), embedding("wpe", alpha=1.0, seed=2), component("lin", alpha=1.0)]),
+                      "the product transposed, without `.alpha` (F25)"),
+        "dora": (Adapter([with_magnitude(component("lin")), with_magnitude(convolution("conv", (3, 3)), "BF16"),
+                          with_magnitude(embedding("wte"), "F16"), component("plain", seed=4)]),
+                 "magnitudes of every kind of layer, beside plain factors (F26)"),
+        "other-parameter": (Adapter([Component("attn", tensor("F32", 2, 4), tensor("F32", 12, 2), 4.0, "alpha/rank",
+                                               parameter="in_proj_weight"), component("attn.out_proj")]),
+                            "factors of a parameter that is no module's `weight`, with an override (F10, F13)"),
+        "replace": (Adapter([norm(), Replaced("model.norm", "bias", tensor("F32", 6)),
+                             Replaced("head", "weight", tensor("F16", 9, 4)),
+                             Replaced("experts", "gate_up_proj", tensor("BF16", 2, 3, 4)),
+                             Replaced("bn", "num_batches_tracked", opaque("I64")), Replaced("", "cls_token", tensor("F32", 1, 1, 3)),
+                             Replaced("m", "empty", tensor("F32", 0, 3)), Replaced("m", "double", opaque("F64", 2)),
+                             Replaced("m", "f8", opaque("F8_E4M3", 3)), Replaced("m", "mask", opaque("BOOL", 3))]),
+                    "whole parameters of any dtype and shape, one of them the model's own; no scaling (F27, F12)"),
+        "replace-rows": (Adapter([rows(), rows("head", (3,), "weight", "BF16"), rows("m", (0, 1), "table", "F32")]),
+                         "rows of matrices, one index beyond 32 bits (F28)"),
+        "add": (Adapter([component("model.layers.0.q_proj"), added(), added("m", -0.1, "scale", "BF16", (2, 2)),
+                         added("n", 0.0, "weight", "F16", ())]),
+                "changes in full, with scales of their own (F29)"),
+        "forms": (mixed_forms()[0], "everything in one file, several forms on one parameter (F30), the identity of "
+                                    "`base-forms/base.safetensors` (F17)"),
     }  # fmt: skip
 
 
@@ -256,8 +338,12 @@ def bad():
                                     f"{module}.lora_B.weight": tensor("F32", 4, 0)}))
     case("factor-dtype", "F7", "lora_A is I8")(
         lambda p: p.tensors.update({f"{module}.lora_A.weight": Tensor("I8", [2, 3], bytes(6))}))
-    case("factor-dimensions", "F7", "lora_A has three dimensions")(
+    case("factor-dimensions", "F24", "lora_A has three dimensions, lora_B two")(
         lambda p: p.tensors.update({f"{module}.lora_A.weight": tensor("F32", 2, 3, 1)}))
+    case("factor-one-dimension", "F7", "lora_A has one dimension")(
+        lambda p: p.tensors.update({f"{module}.lora_A.weight": tensor("F32", 2)}))
+    case("factor-six-dimensions", "F7", "lora_A has six dimensions")(
+        lambda p: p.tensors.update({f"{module}.lora_A.weight": tensor("F32", 2, 3, 1, 1, 1, 1)}))
     case("alpha-missing", "F9", "a pair of factors has no `.alpha`")(without("alpha"))
     case("alpha-value", "F9", "`.alpha` holds 17, the configuration says 16")(alpha("F32", [], f32(17)))
     case("alpha-nan", "F9", "`.alpha` holds NaN")(alpha("F32", [], f32(math.nan)))
@@ -296,8 +382,14 @@ def bad():
     case("version-2", "F20", "version 2.0")(config(version="2.0"))
     case("version-10", "F20", "version 10.0")(config(version="10.0"))
     case("version-missing", "F20", "`version` is missing")(without("version"))
-    case("requires-unknown", "F20", "a feature that this version reserves: `magnitude`")(
+    case("requires-unknown", "F20", "a feature that this version reserves: `kronecker`")(
+        config(requires=["kronecker", "low-rank"]))
+    case("requires-unused", "F20", "`requires` names `magnitude`, which the file does not use")(
         config(requires=["low-rank", "magnitude"]))
+    case("requires-unsorted", "F20", "`requires` is not sorted", Adapter([*layers(1), norm()]))(
+        config(requires=["replace", "low-rank"]))
+    case("requires-too-little", "F20", "`requires` lacks `replace`, which the file uses", Adapter([*layers(1), norm()]))(
+        config(requires=["low-rank"]))
     case("requires-nothing", "F20", "`requires` lacks `low-rank`, which the file uses")(config(requires=[]))
     case("requires-missing", "F20", "`requires` is missing")(without("requires"))
     case("scaling-unknown-member", "F21", "`scaling` has a member that is not known")(
@@ -313,6 +405,74 @@ def bad():
     case("extension-bare", "F22", "an extension is a bare value")(config(extensions={"a.b": 1}))
     case("digest-missing", "F23", "`digest` is missing")(without("digest"))
     case("digest-malformed", "F23", "`digest` is of another algorithm")(config(digest="md5:" + "0" * 32))
+
+    def replaced(name, tensor):
+        return lambda parts: parts.tensors.update({name: tensor})
+
+    def lost(name):
+        return lambda parts: parts.tensors.pop(name)
+
+    conv, table = Adapter([convolution("c", (3, 3))]), Adapter([embedding("e")])
+    case("convolution-kernel-in-b", "F24", "lora_B has the kernel, not ones", conv)(
+        replaced("c.lora_B.weight", tensor("F32", 4, 2, 3, 3)))
+    case("convolution-groups", "F24", "lora_B has the columns of one group only", conv)(
+        replaced("c.lora_B.weight", tensor("F32", 4, 1, 1, 1)))
+    case("embedding-without-b", "F11", "embedding_A has no embedding_B", table)(lost("e.weight.lora:embedding_B"))
+    case("embedding-dimensions", "F25", "embedding_A has three dimensions", table)(
+        replaced("e.weight.lora:embedding_A", tensor("F32", 2, 5, 1)))
+    case("embedding-alpha", "F11", "an `.alpha` beside the factors of an embedding", table)(
+        replaced("e.alpha", Tensor("F32", [], f32(16))))
+    dora = Adapter([with_magnitude(component("m"))])
+    case("magnitude-missing", "F10", "plain factors under names that no other loader knows", dora)(
+        lost("m.weight.lora:magnitude"))
+    case("magnitude-shape", "F26", "a magnitude per input", dora)(replaced("m.weight.lora:magnitude", tensor("F32", 3)))
+    case("magnitude-dimensions", "F26", "a magnitude of two dimensions", dora)(
+        replaced("m.weight.lora:magnitude", tensor("F32", 4, 1)))
+    case("magnitude-dtype", "F26", "a magnitude in I8", dora)(replaced("m.weight.lora:magnitude", opaque("I8", 4)))
+    case("magnitude-alone", "F11", "a magnitude without factors", Adapter([norm()]))(
+        replaced("m.weight.lora:magnitude", tensor("F32", 4)))
+    case("value-without-name", "F11", "a whole parameter without a name", Adapter([norm()]))(
+        replaced(".lora:value", tensor("F32", 4)))
+    case("value-without-module", "F11", "a whole parameter of a module without a name", Adapter([norm()]))(
+        replaced(".weight.lora:value", tensor("F32", 4)))
+    case("role-unknown", "F11", "a role that is not known", Adapter([norm()]))(
+        replaced("m.weight.lora:mid", tensor("F32", 4)))
+    case("scaling-needless", "F12", "a scaling, and nothing is scaled", Adapter([norm()]))(config(scaling=scaling))
+    case("scaling-in-overrides-only", "F12", "the default scaling is missing, though no component needs it")(
+        lambda p: p.config.update(overrides=[{"scaling": p.config.pop("scaling"), "modules": [
+            f"model.layers.{i}.q_proj" for i in range(2)]}]))
+    some = Adapter([rows("e", (1, 2, 5))])
+    i64 = lambda *values: Tensor("I64", [len(values)], struct.pack(f"<{len(values)}q", *values))  # noqa: E731
+    for name, rule, what, value in (
+        ("order", "F28", "indices that do not ascend", i64(2, 1, 5)),
+        ("twice", "F28", "an index twice", i64(1, 1, 5)),
+        ("negative", "F28", "a negative index", i64(-1, 2, 5)),
+        ("count", "F28", "fewer indices than rows", i64(1, 2)),
+        ("dtype", "F28", "indices in I32", opaque("I32", 3)),
+        ("shape", "F28", "indices of two dimensions", Tensor("I64", [3, 1], i64(1, 2, 5).data)),
+    ):
+        case(f"rows-indices-{name}", rule, what, some)(replaced("e.weight.lora:indices", value))
+    case("rows-without-indices", "F11", "rows have no indices", some)(lost("e.weight.lora:indices"))
+    case("indices-without-rows", "F11", "indices have no rows", some)(lost("e.weight.lora:rows"))
+    case("rows-none", "F28", "no rows", some)(
+        lambda p: p.tensors.update({"e.weight.lora:rows": tensor("F32", 0, 3), "e.weight.lora:indices": i64()}))
+    case("rows-dimensions", "F28", "rows of one dimension", some)(replaced("e.weight.lora:rows", tensor("F32", 3)))
+    case("rows-dtype", "F28", "rows in I8", some)(replaced("e.weight.lora:rows", opaque("I8", 3, 3)))
+    plus = Adapter([added("m")])
+    f64 = lambda value: Tensor("F64", [], struct.pack("<d", value))  # noqa: E731
+    case("added-without-scale", "F11", "a change has no scale", plus)(lost("m.bias.lora:scale"))
+    case("scale-without-added", "F11", "a scale has no change", Adapter([*layers(1), added("m")]))(
+        lost("m.bias.lora:added"))
+    case("added-scale-dtype", "F29", "a scale in F32", plus)(replaced("m.bias.lora:scale", Tensor("F32", [], f32(1))))
+    case("added-scale-shape", "F29", "a scale of shape [1]", plus)(
+        replaced("m.bias.lora:scale", Tensor("F64", [1], f64(1.0).data)))
+    case("added-scale-nan", "F29", "a scale that is no number", plus)(replaced("m.bias.lora:scale", f64(math.nan)))
+    case("added-dtype", "F29", "a change in I8", plus)(replaced("m.bias.lora:added", opaque("I8", 4)))
+    case("clash-rows", "F30", "rows and factors of one parameter", Adapter([component("m"), rows("m")]))(lambda p: None)
+    case("clash-added", "F30", "rows and a change in full of one parameter",
+         Adapter([added("m", parameter="weight", shape=(5, 3)), rows("m")]))(lambda p: None)
+    case("clash-layers", "F30", "one weight is a matrix and an embedding", Adapter([component("m"), embedding("m")]))(
+        lambda p: None)
 
     def damage(parts):
         damaged = parts.tensors[f"{module}.lora_A.weight"]
@@ -354,7 +514,7 @@ the digest is optional.
 
 
 def make(out):
-    for folder in (out, out / "base", out / "foreign", out / "bad"):
+    for folder in (out, out / "base", out / "base-forms", out / "foreign", out / "bad"):
         folder.mkdir(parents=True, exist_ok=True)
     lines = README
     for name, (adapter, what) in vectors().items():
@@ -373,17 +533,18 @@ def make(out):
         lines += f"| `foreign/{name}` | `{target}` | {what} |\n"
     (out / "README.md").write_text(lines, encoding="utf-8")
 
-    adapter, base = fingerprinted()
-    assert lf.compare(adapter.base["fingerprint"], base) == "same"
-    header, at = {}, 0
-    stored = sorted(base.items(), key=lambda t: -lf.ORDER[t[1].dtype])
-    for name, t in stored:
-        header[name] = {"dtype": t.dtype, "shape": t.shape, "data_offsets": [at, at + len(t.data)]}
-        at += len(t.data)
-    text = lf.compact(header).encode()
-    text += b" " * (-len(text) % 8)
-    raw = struct.pack("<Q", len(text)) + text + b"".join(t.data for _, t in stored)
-    (out / "base" / "fingerprint.safetensors").write_bytes(raw)
+    for made, path in ((fingerprinted(), "base/fingerprint"), (mixed_forms(), "base-forms/base")):
+        adapter, base = made
+        assert lf.compare(adapter.base["fingerprint"], base) == "same"
+        header, at = {}, 0
+        stored = sorted(base.items(), key=lambda t: -lf.ORDER[t[1].dtype])
+        for name, t in stored:
+            header[name] = {"dtype": t.dtype, "shape": t.shape, "data_offsets": [at, at + len(t.data)]}
+            at += len(t.data)
+        text = lf.compact(header).encode()
+        text += b" " * (-len(text) % 8)
+        raw = struct.pack("<Q", len(text)) + text + b"".join(t.data for _, t in stored)
+        (out / f"{path}.safetensors").write_bytes(raw)
 
     lines = BAD
     for name, (raw, rule, what) in bad().items():

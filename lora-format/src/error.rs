@@ -409,6 +409,20 @@ pub enum AdapterProblem {
     NoTokens { tensor: String },
     #[error("`{tensor}`: the configuration's token tables {first:?} and {second:?} both fit it")]
     ContestedTokens { tensor: String, first: String, second: String },
+    #[error(
+        "`{tensor}`: the indices of rows must be I64, ascending, none twice or negative, and as \
+         many as there are rows"
+    )]
+    RowIndices { tensor: String },
+    #[error("`{tensor}`: {dtype} {shape}; it must be an F64 scalar, of shape []")]
+    ScaleTensor { tensor: String, dtype: Dtype, shape: Shape },
+    #[error(
+        "`{tensor}`: a name that other loaders do not know, for factors that they can apply: plain \
+         factors are named `.lora_A.weight` and `.lora_B.weight`"
+    )]
+    NeedlessName { tensor: String },
+    #[error("`{parameter}`: {first} and {second} cannot both act on it")]
+    Clash { parameter: String, first: &'static str, second: &'static str },
 }
 
 /// A factor that is stored without its zeros would take too much memory with them

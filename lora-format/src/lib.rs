@@ -50,4 +50,4 @@ pub use error::{
     IndexProblem, IoContext, Result, Shape, Unsupported,
 };
 pub use model::Adapter;
-pub use tensor::Tensor;
+pub use tensor::{Tensor, map_all};

@@ -4,6 +4,7 @@
 //! model ([`Target`]) by one *form* ([`Form`]) of change. Codecs translate to and from this
 //! model; the merge engine reads nothing else.
 
+use std::cmp::Ordering;
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -39,6 +40,26 @@ pub struct Adapter {
 }
 
 impl Adapter {
+    /// An adapter made in memory. `path` stands for it in messages; the components are sorted.
+    pub fn new(
+        path: impl Into<PathBuf>,
+        mut components: Vec<Component>,
+        base: BaseIdentity,
+    ) -> Adapter {
+        components.sort_by(Component::compare);
+        Adapter {
+            path: path.into(),
+            format: AdapterFormat::Native,
+            components,
+            base,
+            fan_in_fan_out: None,
+            metadata: Vec::new(),
+            source: None,
+            extensions: Map::new(),
+            notes: Vec::new(),
+        }
+    }
+
     /// Refuses an adapter whose file was written to since it was opened. What its tensors hold in
     /// memory of their own cannot change.
     ///
@@ -56,8 +77,7 @@ impl Adapter {
         Ok(())
     }
 
-    /// The components of an adapter that is plain LoRA of linear layers throughout: all that
-    /// `format` can hold.
+    /// The components of an adapter that is plain LoRA of linear layers throughout.
     ///
     /// # Errors
     /// [`Error::Inexpressible`] with the first component that is anything else.
@@ -133,11 +153,20 @@ pub struct Component {
     pub form: Form,
 }
 
+impl Component {
+    /// The order of an adapter's components: by target, and of one target as they act.
+    pub fn compare(&self, other: &Component) -> Ordering {
+        self.target
+            .cmp(&other.target)
+            .then_with(|| self.form.precedence().cmp(&other.form.precedence()))
+    }
+}
+
 /// A parameter of the base model, as the adapter names it.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Target {
     /// The module, without the wrapper prefix of the adapter's format:
-    /// `model.layers.0.self_attn.q_proj`.
+    /// `model.layers.0.self_attn.q_proj`; empty if the parameter is the model's own.
     pub module: String,
     /// The parameter within the module: `weight`.
     pub parameter: String,
@@ -151,6 +180,10 @@ impl Target {
 
     /// The parameter's full name: `model.layers.0.self_attn.q_proj.weight`.
     pub fn name(&self) -> String {
+        if self.module.is_empty() {
+            // A parameter of the model itself.
+            return self.parameter.clone();
+        }
         format!("{}.{}", self.module, self.parameter)
     }
 }
@@ -270,6 +303,19 @@ impl Form {
             Form::Replaced(_) => "replaced",
             Form::Rows { .. } => "token rows",
             Form::Base(_) => "base copy",
+        }
+    }
+
+    /// Where it stands among the changes of one parameter: copies of the base and whole parameters
+    /// come before what changes them.
+    pub(crate) fn precedence(&self) -> usize {
+        match self {
+            Form::Base(_) => 0,
+            Form::Replaced(_) => 1,
+            Form::Rows { .. } => 2,
+            Form::Experts(experts) => 3 + experts.depth,
+            Form::Added { .. } => usize::MAX,
+            _ => 3,
         }
     }
 

@@ -250,6 +250,11 @@ fn uses_look_around(key: &str) -> bool {
     ["(?=", "(?!", "(?<"].iter().any(|form| key.contains(form))
 }
 
+/// Whether a name, taken for a pattern, means itself (a dot means any character besides).
+pub(crate) fn is_plain(name: &str) -> bool {
+    !name.contains(|character| character != '.' && METACHARACTERS.contains(character))
+}
+
 /// The key that matches the module called `name` and no other. Anchored: the name of one module
 /// may be a dotted suffix of another's.
 pub(crate) fn exactly(name: &str) -> String {

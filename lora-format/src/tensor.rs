@@ -98,11 +98,12 @@ impl Tensor {
     }
 }
 
-/// Every tensor of a file, in data order, sharing one mapping.
+/// Every tensor of a file, in data order, sharing one mapping. A component made of one is written
+/// from where it lies.
 ///
 /// # Errors
 /// [`crate::Error::Io`] if the file cannot be mapped.
-pub(crate) fn map_all(file: &SafetensorsFile) -> Result<Vec<Tensor>> {
+pub fn map_all(file: &SafetensorsFile) -> Result<Vec<Tensor>> {
     let mapped = Arc::new(MappedFile { opened: file.opened(), mapping: file.map()? });
     let header = file.header();
     let at = |offset: u64| (header.data_start + offset) as usize;

@@ -554,6 +554,26 @@ const NATIVE: &[(&str, &str)] = &[
         "a-without-b.safetensors: the adapter is malformed: `model.layers.0.q_proj.lora_A.weight` has no partner `model.layers.0.q_proj.lora_B.weight`",
     ),
     (
+        "added-dtype.safetensors",
+        "added-dtype.safetensors: the adapter is malformed: `m.bias.lora:added`: dtype I8; a factor must be F32, F16 or BF16",
+    ),
+    (
+        "added-scale-dtype.safetensors",
+        "added-scale-dtype.safetensors: the adapter is malformed: `m.bias.lora:scale`: F32 []; it must be an F64 scalar, of shape []",
+    ),
+    (
+        "added-scale-nan.safetensors",
+        "added-scale-nan.safetensors: the adapter is malformed: `m.bias`: the scale NaN is not a finite number",
+    ),
+    (
+        "added-scale-shape.safetensors",
+        "added-scale-shape.safetensors: the adapter is malformed: `m.bias.lora:scale`: F64 [1]; it must be an F64 scalar, of shape []",
+    ),
+    (
+        "added-without-scale.safetensors",
+        "added-without-scale.safetensors: the adapter is malformed: `m.bias.lora:added` has no partner `m.bias.lora:scale`",
+    ),
+    (
         "alpha-beyond-f64.safetensors",
         "alpha-beyond-f64.safetensors: the configuration in its metadata (`lora_format`): number out of range at line 1 column 154",
     ),
@@ -598,6 +618,18 @@ const NATIVE: &[(&str, &str)] = &[
         "b-without-a.safetensors: the adapter is malformed: `model.layers.0.q_proj.lora_B.weight` has no partner `model.layers.0.q_proj.lora_A.weight`",
     ),
     (
+        "clash-added.safetensors",
+        "clash-added.safetensors: the adapter is malformed: `m.weight`: token rows and added cannot both act on it",
+    ),
+    (
+        "clash-layers.safetensors",
+        "clash-layers.safetensors: the adapter is malformed: `m.weight`: LoRA and LoRA cannot both act on it",
+    ),
+    (
+        "clash-rows.safetensors",
+        "clash-rows.safetensors: the adapter is malformed: `m.weight`: token rows and LoRA cannot both act on it",
+    ),
+    (
         "config-array.safetensors",
         "config-array.safetensors: the configuration in its metadata (`lora_format`): it must be an object",
     ),
@@ -613,6 +645,14 @@ const NATIVE: &[(&str, &str)] = &[
         "config-not-json.safetensors",
         "config-not-json.safetensors: the configuration in its metadata (`lora_format`): EOF while parsing a string at line 1 column 168",
     ),
+    (
+        "convolution-groups.safetensors",
+        "convolution-groups.safetensors: the adapter is malformed: `c`: A [2, 3, 3, 3] and B [4, 1, 1, 1] do not agree on the rank",
+    ),
+    (
+        "convolution-kernel-in-b.safetensors",
+        "convolution-kernel-in-b.safetensors: the adapter is malformed: `c.lora_B.weight`: shape [4, 2, 3, 3]; B of a convolution is out × rank × ones, as many as A has kernel dimensions",
+    ),
     ("damaged.safetensors", OK),
     (
         "digest-malformed.safetensors",
@@ -621,6 +661,18 @@ const NATIVE: &[(&str, &str)] = &[
     (
         "digest-missing.safetensors",
         "digest-missing.safetensors: the configuration in its metadata (`lora_format`): missing field `digest`",
+    ),
+    (
+        "embedding-alpha.safetensors",
+        "embedding-alpha.safetensors: the adapter is malformed: `e.alpha` belongs to no component",
+    ),
+    (
+        "embedding-dimensions.safetensors",
+        "embedding-dimensions.safetensors: the adapter is malformed: `e.weight.lora:embedding_A`: shape [2, 5, 1]; A of an embedding is rank × vocabulary",
+    ),
+    (
+        "embedding-without-b.safetensors",
+        "embedding-without-b.safetensors: the adapter is malformed: `e.weight.lora:embedding_A` has no partner `e.weight.lora:embedding_B`",
     ),
     (
         "extension-bare.safetensors",
@@ -636,11 +688,19 @@ const NATIVE: &[(&str, &str)] = &[
     ),
     (
         "factor-dimensions.safetensors",
-        "factor-dimensions.safetensors: the adapter is malformed: `model.layers.0.q_proj.lora_A.weight`: shape [2, 3, 1]; A of a linear layer is rank × in",
+        "factor-dimensions.safetensors: the adapter is malformed: `model.layers.0.q_proj.lora_B.weight`: shape [4, 2]; B of a convolution is out × rank × ones, as many as A has kernel dimensions",
     ),
     (
         "factor-dtype.safetensors",
         "factor-dtype.safetensors: the adapter is malformed: `model.layers.0.q_proj.lora_A.weight`: dtype I8; a factor must be F32, F16 or BF16",
+    ),
+    (
+        "factor-one-dimension.safetensors",
+        "factor-one-dimension.safetensors: the adapter is malformed: `model.layers.0.q_proj.lora_A.weight`: shape [2]; A of a linear layer is rank × in",
+    ),
+    (
+        "factor-six-dimensions.safetensors",
+        "factor-six-dimensions.safetensors: the adapter is malformed: `model.layers.0.q_proj.lora_A.weight`: shape [2, 3, 1, 1, 1, 1]; A of a linear layer is rank × in",
     ),
     (
         "fingerprint-not-base64.safetensors",
@@ -657,6 +717,30 @@ const NATIVE: &[(&str, &str)] = &[
     (
         "format-other.safetensors",
         "format-other.safetensors: `format` must be `pt` in `__metadata__`, found \"tf\"",
+    ),
+    (
+        "indices-without-rows.safetensors",
+        "indices-without-rows.safetensors: the adapter is malformed: `e.weight.lora:indices` has no partner `e.weight.lora:rows`",
+    ),
+    (
+        "magnitude-alone.safetensors",
+        "magnitude-alone.safetensors: the adapter is malformed: `m.weight.lora:magnitude` belongs to no component",
+    ),
+    (
+        "magnitude-dimensions.safetensors",
+        "magnitude-dimensions.safetensors: the adapter is malformed: `m.weight.lora:magnitude`: shape [4, 1]; a magnitude is one value per output feature",
+    ),
+    (
+        "magnitude-dtype.safetensors",
+        "magnitude-dtype.safetensors: the adapter is malformed: `m.weight.lora:magnitude`: dtype I8; a factor must be F32, F16 or BF16",
+    ),
+    (
+        "magnitude-missing.safetensors",
+        "magnitude-missing.safetensors: the adapter is malformed: `m.weight.lora:A`: a name that other loaders do not know, for factors that they can apply: plain factors are named `.lora_A.weight` and `.lora_B.weight`",
+    ),
+    (
+        "magnitude-shape.safetensors",
+        "magnitude-shape.safetensors: the adapter is malformed: `m.weight.lora:magnitude`: shape [3]; a magnitude is one value per output feature",
     ),
     (
         "module-in-two-overrides.safetensors",
@@ -688,19 +772,87 @@ const NATIVE: &[(&str, &str)] = &[
     ),
     (
         "requires-nothing.safetensors",
-        "requires-nothing.safetensors: `requires` must be the features that the file uses, found []",
+        "requires-nothing.safetensors: `requires` must be the features that the file uses, sorted, found []",
+    ),
+    (
+        "requires-too-little.safetensors",
+        "requires-too-little.safetensors: `requires` must be the features that the file uses, sorted, found [\"low-rank\"]",
     ),
     (
         "requires-unknown.safetensors",
-        "requires-unknown.safetensors: the adapter uses what this version does not implement: `magnitude`: the file requires this feature of its reader; a newer version may know it",
+        "requires-unknown.safetensors: the adapter uses what this version does not implement: `kronecker`: the file requires this feature of its reader; a newer version may know it",
+    ),
+    (
+        "requires-unsorted.safetensors",
+        "requires-unsorted.safetensors: `requires` must be the features that the file uses, sorted, found [\"replace\",\"low-rank\"]",
+    ),
+    (
+        "requires-unused.safetensors",
+        "requires-unused.safetensors: `requires` must be the features that the file uses, sorted, found [\"low-rank\",\"magnitude\"]",
+    ),
+    (
+        "role-unknown.safetensors",
+        "role-unknown.safetensors: the adapter is malformed: `m.weight.lora:mid` belongs to no component",
+    ),
+    (
+        "rows-dimensions.safetensors",
+        "rows-dimensions.safetensors: the adapter is malformed: `e.weight.lora:rows`: shape [3]; rows are a matrix of at least one",
+    ),
+    (
+        "rows-dtype.safetensors",
+        "rows-dtype.safetensors: the adapter is malformed: `e.weight.lora:rows`: dtype I8; a factor must be F32, F16 or BF16",
+    ),
+    (
+        "rows-indices-count.safetensors",
+        "rows-indices-count.safetensors: the adapter is malformed: `e.weight.lora:indices`: the indices of rows must be I64, ascending, none twice or negative, and as many as there are rows",
+    ),
+    (
+        "rows-indices-dtype.safetensors",
+        "rows-indices-dtype.safetensors: the adapter is malformed: `e.weight.lora:indices`: the indices of rows must be I64, ascending, none twice or negative, and as many as there are rows",
+    ),
+    (
+        "rows-indices-negative.safetensors",
+        "rows-indices-negative.safetensors: the adapter is malformed: `e.weight.lora:indices`: the indices of rows must be I64, ascending, none twice or negative, and as many as there are rows",
+    ),
+    (
+        "rows-indices-order.safetensors",
+        "rows-indices-order.safetensors: the adapter is malformed: `e.weight.lora:indices`: the indices of rows must be I64, ascending, none twice or negative, and as many as there are rows",
+    ),
+    (
+        "rows-indices-shape.safetensors",
+        "rows-indices-shape.safetensors: the adapter is malformed: `e.weight.lora:indices`: the indices of rows must be I64, ascending, none twice or negative, and as many as there are rows",
+    ),
+    (
+        "rows-indices-twice.safetensors",
+        "rows-indices-twice.safetensors: the adapter is malformed: `e.weight.lora:indices`: the indices of rows must be I64, ascending, none twice or negative, and as many as there are rows",
+    ),
+    (
+        "rows-none.safetensors",
+        "rows-none.safetensors: the adapter is malformed: `e.weight.lora:rows`: shape [0, 3]; rows are a matrix of at least one",
+    ),
+    (
+        "rows-without-indices.safetensors",
+        "rows-without-indices.safetensors: the adapter is malformed: `e.weight.lora:rows` has no partner `e.weight.lora:indices`",
     ),
     (
         "rule-unknown.safetensors",
         "rule-unknown.safetensors: `scaling.rule` must be `alpha/rank`, `alpha/sqrt-rank` or `direct`, found \"alpha/rank^2\"",
     ),
     (
+        "scale-without-added.safetensors",
+        "scale-without-added.safetensors: the adapter is malformed: `m.bias.lora:scale` has no partner `m.bias.lora:added`",
+    ),
+    (
+        "scaling-in-overrides-only.safetensors",
+        "scaling-in-overrides-only.safetensors: `scaling` must be there, as a component has factors, found nothing",
+    ),
+    (
         "scaling-missing.safetensors",
-        "scaling-missing.safetensors: the configuration in its metadata (`lora_format`): missing field `scaling`",
+        "scaling-missing.safetensors: `scaling` must be there, as a component has factors, found nothing",
+    ),
+    (
+        "scaling-needless.safetensors",
+        "scaling-needless.safetensors: `scaling` must be absent where no component has factors, found \"alpha/rank\"",
     ),
     (
         "scaling-unknown-member.safetensors",
@@ -717,6 +869,14 @@ const NATIVE: &[(&str, &str)] = &[
     (
         "tensor-unused.safetensors",
         "tensor-unused.safetensors: the adapter is malformed: `lm_head.weight` belongs to no component",
+    ),
+    (
+        "value-without-module.safetensors",
+        "value-without-module.safetensors: the adapter is malformed: `.weight.lora:value` belongs to no component",
+    ),
+    (
+        "value-without-name.safetensors",
+        "value-without-name.safetensors: the adapter is malformed: `.lora:value` belongs to no component",
     ),
     (
         "version-10.safetensors",

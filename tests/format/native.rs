@@ -6,11 +6,13 @@ use std::time::Instant;
 use lora_format::checkpoint::Checkpoint;
 use lora_format::container::safetensors::SafetensorsFile;
 use lora_format::fingerprint::{self, Fingerprint, TargetSamples, Verdict};
-use lora_format::model::{AdapterFormat, Component, Form, LowRank, Scaling, ScalingRule, Target};
+use lora_format::model::{
+    AdapterFormat, Component, Form, Layer, LowRank, Scaling, ScalingRule, Target,
+};
 use lora_format::native::{self, DigestVerdict};
 use lora_format::{Adapter, Dtype, Error, Tensor};
 use lora_tests::fixture;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use crate::{Random, entries, name, read};
@@ -43,21 +45,43 @@ pub(crate) fn describe(path: &Path) -> Value {
             Sha256::digest(tensor.bytes()).iter().map(|byte| format!("{byte:02x}")).collect();
         json!({"dtype": tensor.dtype.name(), "shape": tensor.shape, "sha256": sha256})
     };
-    let module = |component: &Component| {
-        let Form::LowRank(factors) = &component.form else { panic!("{component:?}") };
-        assert_eq!(component.target.parameter, "weight");
-        json!({
-            "module": component.target.module, "rank": factors.rank(),
-            "alpha": factors.scaling.alpha, "rule": factors.scaling.rule.name(),
-            "scale": factors.scale(), "a": factor(&factors.a), "b": factor(&factors.b),
-        })
+    let component = |component: &Component| {
+        let Component { target, form } = component;
+        let mut found = json!({"module": target.module});
+        if target.parameter != "weight" {
+            found["parameter"] = target.parameter.as_str().into();
+        }
+        let of_form = match form {
+            Form::LowRank(factors) => {
+                let mut of_form = json!({
+                    "rank": factors.rank(), "alpha": factors.scaling.alpha,
+                    "rule": factors.scaling.rule.name(), "scale": factors.scale(),
+                    "a": factor(&factors.a), "b": factor(&factors.b),
+                });
+                match factors.layer {
+                    Layer::Convolution => of_form["layer"] = "convolution".into(),
+                    Layer::Embedding => of_form["layer"] = "embedding".into(),
+                    _ => {}
+                }
+                if let Some(magnitude) = &factors.magnitude {
+                    of_form["magnitude"] = factor(magnitude);
+                }
+                of_form
+            }
+            Form::Replaced(value) => json!({"value": factor(value)}),
+            Form::Rows { indices, rows } => json!({"indices": indices, "rows": factor(rows)}),
+            Form::Added { tensor, scale } => json!({"added": factor(tensor), "scale": scale}),
+            other => panic!("{other:?}"),
+        };
+        found.as_object_mut().unwrap().extend(of_form.as_object().unwrap().clone());
+        found
     };
     let (recorded, matches) = match digest(path) {
         DigestVerdict::Intact { digest } => (digest, true),
         DigestVerdict::Damaged { recorded, .. } => (recorded, false),
     };
     json!({
-        "modules": adapter.components.iter().map(module).collect::<Vec<_>>(),
+        "modules": adapter.components.iter().map(component).collect::<Vec<_>>(),
         "fan_in_fan_out": adapter.fan_in_fan_out,
         "base": {
             "name": adapter.base.name, "revision": adapter.base.revision,
@@ -99,7 +123,7 @@ fn base64(values: &[f32]) -> String {
     text
 }
 
-/// F3, F7 to F9, F12, F16, F17, F22, F23: what is found is what the description says.
+/// F3, F7 to F9, F12, F16, F17, F22 to F30: what is found is what the description says.
 #[test]
 fn every_vector_is_read_as_described() {
     for path in vectors() {
@@ -167,12 +191,9 @@ fn damage_is_found_when_asked() {
     assert_eq!(digest(&fixture("native/plain.safetensors")), intact);
 }
 
-/// F17, F18: the recorded samples are those of the base, and tell it from others.
-#[test]
-fn a_fingerprint_knows_its_base() {
-    let adapter = read(&fixture("native/fingerprint.safetensors")).unwrap();
-    let recorded = adapter.base.fingerprint.unwrap();
-    let base = Checkpoint::open(&fixture("native/base")).unwrap();
+/// The fingerprint of the base in `folder` for this adapter.
+fn sampled(adapter: &Adapter, folder: &Path) -> Fingerprint {
+    let base = Checkpoint::open(folder).unwrap();
     let file = base.shards()[0].file.map().unwrap();
     let data = &file[base.shards()[0].file.header().data_start as usize..];
     let names: Vec<String> = adapter.components.iter().map(|c| c.target.name()).collect();
@@ -186,8 +207,21 @@ fn a_fingerprint_knows_its_base() {
             values: fingerprint::sample(info.dtype, bytes).unwrap(),
         }
     });
-    let actual = Fingerprint { targets: sampled.collect() };
+    Fingerprint { targets: sampled.collect() }
+}
+
+/// F17, F18: the recorded samples are those of the base, and tell it from others.
+#[test]
+fn a_fingerprint_knows_its_base() {
+    let adapter = read(&fixture("native/fingerprint.safetensors")).unwrap();
+    let recorded = adapter.base.fingerprint.clone().unwrap();
+    let actual = sampled(&adapter, &fixture("native/base"));
     assert_eq!(actual, recorded);
+    // Of every kind of parameter, and one sampled for each of two components.
+    let forms = read(&fixture("native/forms.safetensors")).unwrap();
+    let base = fixture("native/base-forms");
+    assert_eq!(forms.base.fingerprint, Some(sampled(&forms, &base)));
+    assert_eq!(forms.base.fingerprint.unwrap().targets.len(), forms.components.len());
 
     let verdict = |changed: &Fingerprint| {
         let find = |target: &TargetSamples| {
@@ -246,16 +280,49 @@ fn component(
 }
 
 fn adapter(components: Vec<Component>) -> Adapter {
-    Adapter {
-        path: PathBuf::from("made"),
-        format: AdapterFormat::Native,
-        components,
-        base: fingerprint::BaseIdentity::default(),
-        fan_in_fan_out: None,
-        metadata: Vec::new(),
-        source: None,
-        extensions: Map::new(),
-        notes: Vec::new(),
+    Adapter::new("made", components, fingerprint::BaseIdentity::default())
+}
+
+fn tensor(random: &mut Random, dtype: Dtype, shape: &[usize]) -> Tensor {
+    let bytes = random.bytes(dtype.tensor_bytes(shape).unwrap() as usize);
+    Tensor::new(String::new(), dtype, shape.to_vec(), bytes).unwrap()
+}
+
+/// A change of any kind but that of a linear layer.
+fn random_form(random: &mut Random, scaling: Scaling) -> Form {
+    let [rank, inputs, outputs] = [(); 3].map(|()| 1 + random.below(5));
+    let float = *random.pick(&[Dtype::F32, Dtype::F16, Dtype::Bf16]);
+    match random.below(6) {
+        0 => Form::Replaced({
+            let dtypes: Vec<Dtype> = Dtype::all().filter(|dtype| dtype.bits() >= 8).collect();
+            let shape: Vec<usize> = (0..random.below(5)).map(|_| random.below(4)).collect();
+            let dtype = *random.pick(&dtypes);
+            tensor(random, dtype, &shape)
+        }),
+        1 => {
+            let mut indices: Vec<u64> = (0..outputs).map(|_| random.next() >> 1).collect();
+            indices.sort_unstable();
+            indices.dedup();
+            let shape = [indices.len(), inputs];
+            Form::Rows { indices, rows: tensor(random, float, &shape) }
+        }
+        2 => Form::Added {
+            tensor: tensor(random, float, &[outputs, inputs]),
+            scale: random.next() as i64 as f64 / 3.0,
+        },
+        kind => {
+            let (mut a, mut b) = (vec![rank, inputs], vec![outputs, rank]);
+            if kind == 3 {
+                let dimensions = 1 + random.below(3);
+                a.extend((0..dimensions).map(|_| 1 + random.below(3)));
+                b.resize(a.len(), 1);
+            }
+            let [a, b] = [a, b].map(|shape| tensor(random, float, &shape));
+            let layer = [Layer::Convolution, Layer::Embedding, Layer::Linear][kind - 3];
+            let dora = kind == 5 || random.below(2) == 0;
+            let magnitude = dora.then(|| tensor(random, float, &[outputs]));
+            Form::LowRank(LowRank { layer, magnitude, ..LowRank::linear(a, b, scaling) })
+        }
     }
 }
 
@@ -275,6 +342,13 @@ pub(crate) fn random_adapter(random: &mut Random) -> Adapter {
     let components = (0..1 + random.below(9)).map(|index| {
         let [rank, inputs, outputs] = [(); 3].map(|()| 1 + random.below(5));
         let scaling = Scaling { alpha: *random.pick(&alphas), rule: *random.pick(&RULES) };
+        if random.below(2) == 0 {
+            let target = Target {
+                module: format!("{}{index}", random.text(6)),
+                parameter: (*random.pick(&["weight", "bias", "in_proj_weight"])).to_owned(),
+            };
+            return Component { target, form: random_form(random, scaling) };
+        }
         let factors = [[rank, inputs], [outputs, rank]].map(|shape| {
             let dtype = *random.pick(&[Dtype::F32, Dtype::F16, Dtype::Bf16]);
             let bytes = random.bytes(dtype.tensor_bytes(&shape).unwrap() as usize);
@@ -331,10 +405,98 @@ fn a_scale_beyond_f32_is_not_written() {
 fn what_the_format_cannot_hold_is_refused() {
     let error = native::encode(&adapter(Vec::new())).unwrap_err();
     assert!(matches!(error, Error::Inexpressible { .. }), "{error}");
-    let mut bias = read(&fixture("native/plain.safetensors")).unwrap();
-    bias.components[0].target.parameter = "bias".into();
-    let error = native::encode(&bias).unwrap_err();
-    assert!(matches!(error, Error::Inexpressible { .. }), "{error}");
+    let plain = read(&fixture("native/plain.safetensors")).unwrap();
+    let refused = |change: &dyn Fn(&mut Component)| {
+        let mut changed = plain.clone();
+        change(&mut changed.components[0]);
+        let error = native::encode(&changed).unwrap_err();
+        assert_eq!(native::check(&changed).unwrap_err().to_string(), error.to_string());
+        (matches!(error, Error::Inexpressible { .. }), error.to_string())
+    };
+    let factors = |component: &Component| {
+        let Form::LowRank(factors) = component.form.clone() else { panic!() };
+        factors
+    };
+    let gain = |component: &mut Component| {
+        let mut factors = factors(component);
+        factors.rank_gain = Some(factors.b.clone());
+        component.form = Form::LowRank(factors);
+    };
+    let merged = |component: &mut Component| {
+        let factors = LowRank { layer: Layer::Merged, ..factors(component) };
+        component.form = Form::LowRank(factors);
+    };
+    let copy = |component: &mut Component| component.form = Form::Base(factors(component).a);
+    let nameless = |component: &mut Component| component.target.module = String::new();
+    let torn = |component: &mut Component| {
+        component.target.parameter = "a.b".into();
+        component.form = Form::Replaced(factors(component).a);
+    };
+    for change in [&gain as &dyn Fn(&mut Component), &merged, &copy, &nameless, &torn] {
+        let (inexpressible, message) = refused(change);
+        assert!(inexpressible, "{message}");
+    }
+}
+
+/// F7, F24 to F30: what could not be read again is not written.
+#[test]
+fn components_that_are_none_are_not_written() {
+    let plain = read(&fixture("native/plain.safetensors")).unwrap();
+    let Form::LowRank(factors) = plain.components[0].form.clone() else { panic!() };
+    let (a, b) = (factors.a.clone(), factors.b.clone());
+    let added = |scale| Form::Added { tensor: b.clone(), scale };
+    let rows = |indices: &[u64]| Form::Rows { indices: indices.to_vec(), rows: a.clone() };
+    let with = |change: &dyn Fn(&mut LowRank)| {
+        let mut changed = factors.clone();
+        change(&mut changed);
+        Form::LowRank(changed)
+    };
+    let cases: Vec<(Vec<Form>, &str)> = vec![
+        (
+            vec![with(&|it| it.layer = Layer::Convolution)],
+            "`m.lora_A.weight`: shape [2, 3]; A of a linear layer has two dimensions, that of a \
+             convolution three to five",
+        ),
+        (vec![with(&|it| it.b = a.clone())], "`m`: A [2, 3] and B [2, 3] do not agree on the rank"),
+        (
+            vec![with(&|it| it.magnitude = Some(a.clone()))],
+            "`m.weight.lora:magnitude`: shape [2, 3]; a magnitude is one value per output feature",
+        ),
+        (
+            vec![with(&|it| it.scaling.alpha = f64::NAN)],
+            "`m`: the scale NaN is not a finite number",
+        ),
+        (vec![added(f64::INFINITY)], "`m.weight`: the scale inf is not a finite number"),
+        (
+            vec![rows(&[3, 3])],
+            "`m.weight.lora:indices`: the indices of rows must be I64, ascending, none twice or \
+             negative, and as many as there are rows",
+        ),
+        (
+            vec![rows(&[1 << 63, u64::MAX])],
+            "`m.weight.lora:indices`: the indices of rows must be I64, ascending, none twice or \
+             negative, and as many as there are rows",
+        ),
+        (
+            vec![Form::Rows { indices: Vec::new(), rows: b.clone() }],
+            "`m.weight.lora:indices`: the indices of rows must be I64, ascending, none twice or \
+             negative, and as many as there are rows",
+        ),
+        (
+            vec![rows(&[3, 4]), with(&|_| {})],
+            "`m.weight`: token rows and LoRA cannot both act on it",
+        ),
+        (
+            vec![Form::Replaced(a.clone()), Form::Replaced(b.clone())],
+            "`m.weight`: replaced and replaced cannot both act on it",
+        ),
+    ];
+    for (forms, expected) in cases {
+        let component = |form| Component { target: Target::weight("m"), form };
+        let made = adapter(forms.into_iter().map(component).collect());
+        let message = native::encode(&made).unwrap_err().to_string();
+        assert_eq!(message, format!("made: the adapter is malformed: {expected}"));
+    }
 }
 
 /// F13: 36,096 targets (a model of 94 layers with 128 experts of three weights each) make a header
@@ -389,7 +551,7 @@ fn a_changed_input_leaves_no_output() {
     use lora_format::io::atomic::{Durability, Overwrite};
     let scratch = tempfile::tempdir().unwrap();
     let source = scratch.path().join("source.safetensors");
-    std::fs::copy(&vectors()[0], &source).unwrap();
+    std::fs::copy(fixture("native/plain.safetensors"), &source).unwrap();
     let adapter = read(&source).unwrap();
     let mut bytes = std::fs::read(&source).unwrap();
     bytes.push(0);

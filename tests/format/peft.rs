@@ -2,6 +2,7 @@
 
 mod forms;
 mod refused;
+mod written;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -38,13 +39,18 @@ fn a_saved_copy_of_a_base_layer_is_read() {
     };
     assert_eq!((first, &*first.name()), (&second.target, "lm_head.weight"));
     assert_eq!((&copy.shape[..], second.form.method()), (&[64, 24][..], "LoRA"));
+    let scratch = tempfile::tempdir().unwrap();
+    let written = scratch.path().join("adapter");
     assert_eq!(
-        adapter.plain_low_rank("PEFT").unwrap_err().to_string(),
+        write_directory(&adapter, &written, Overwrite::Never, Durability::Cached)
+            .unwrap_err()
+            .to_string(),
         format!(
             "{}: PEFT cannot hold a change of `lm_head.weight` by base copy",
             adapter.path.display()
         )
     );
+    assert!(!written.exists());
 }
 
 fn json(path: &Path) -> Value {

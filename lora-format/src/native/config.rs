@@ -10,7 +10,9 @@ pub(super) struct Config {
     pub version: String,
     pub requires: Vec<String>,
     pub digest: String,
-    pub scaling: ScalingConfig,
+    /// There if any component has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scaling: Option<ScalingConfig>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub overrides: Vec<Override>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -31,7 +33,7 @@ pub(super) struct ScalingConfig {
     pub rule: String,
 }
 
-/// Modules whose scaling is not the file's default.
+/// Modules (or parameters that are no module's `weight`) whose scaling is not the file's default.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Override {

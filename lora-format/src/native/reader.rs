@@ -9,9 +9,10 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
+use super::components::{self, Role};
 use super::config::{Config, FingerprintConfig, ScalingConfig};
 use super::writer::{hexadecimal, naive_alpha};
-use super::{A_SUFFIX, ALPHA_SUFFIX, B_SUFFIX, CONFIG_KEY, FEATURES};
+use super::{CONFIG_KEY, FEATURES, validate};
 use crate::codec::peft;
 use crate::container::safetensors::{Header, SafetensorsFile};
 use crate::dtype::Dtype;
@@ -21,7 +22,8 @@ use crate::fingerprint::{self, BaseIdentity, Fingerprint, TargetSamples};
 use crate::json;
 use crate::limits;
 use crate::model::{
-    Adapter, AdapterFormat, Component, Form, LowRank, Scaling, ScalingRule, SourceConfig, Target,
+    Adapter, AdapterFormat, Component, Form, Layer, LowRank, Scaling, ScalingRule, SourceConfig,
+    Target,
 };
 use crate::tensor::{self, Tensor};
 
@@ -38,12 +40,11 @@ pub fn is_native(header: &Header) -> bool {
 pub fn read(file: &SafetensorsFile) -> Result<Adapter> {
     let path = file.path();
     let config = read_config(path, file.header())?;
-    let default = scaling(path, "scaling", &config.scaling)?;
-    let mut scalings = HashMap::new();
+    let mut overrides = HashMap::new();
     for group in &config.overrides {
         let scaling = scaling(path, "overrides", &group.scaling)?;
         for module in &group.modules {
-            if scalings.insert(module.as_str(), scaling).is_some() {
+            if overrides.insert(module.clone(), scaling).is_some() {
                 let found = Value::from(module.as_str());
                 return Err(Error::config(path, "overrides", "one entry per module", &found));
             }
@@ -51,39 +52,26 @@ pub fn read(file: &SafetensorsFile) -> Result<Adapter> {
     }
 
     let mut problems = Vec::new();
-    let mut modules: BTreeMap<String, FactorTensors> = BTreeMap::new();
-    let mut alphas: BTreeMap<String, Tensor> = BTreeMap::new();
+    let mut targets: BTreeMap<Target, Parts> = BTreeMap::new();
     for tensor in tensor::map_all(file)? {
-        let module = |suffix| tensor.name.strip_suffix(suffix).map(str::to_owned);
-        if let Some(module) = module(A_SUFFIX) {
-            modules.entry(module).or_default().a = Some(tensor);
-        } else if let Some(module) = module(B_SUFFIX) {
-            modules.entry(module).or_default().b = Some(tensor);
-        } else if let Some(module) = module(ALPHA_SUFFIX) {
-            alphas.insert(module, tensor);
-        } else {
-            problems.push(AdapterProblem::UnusedTensor { tensor: tensor.name });
+        match Role::of(&tensor.name) {
+            Some((target, role)) => drop(targets.entry(target).or_default().insert(role, tensor)),
+            None => problems.push(AdapterProblem::UnusedTensor { tensor: tensor.name }),
         }
     }
-
-    let mut components = Vec::with_capacity(modules.len());
-    for (module, factors) in modules {
-        let scaling = scalings.remove(module.as_str()).unwrap_or(default);
-        let alpha = alphas.remove(&module);
-        let names = (format!("{module}{A_SUFFIX}"), format!("{module}{B_SUFFIX}"));
-        let built = factors::low_rank(&module, factors, names, scaling, &mut problems);
-        let Some(low_rank) = built else { continue };
-        check_alpha(&module, alpha, &low_rank, &mut problems);
-        components
-            .push(Component { target: Target::weight(module), form: Form::LowRank(low_rank) });
+    let scaled = targets.values().any(|parts| parts.keys().any(|role| role.is_factor()));
+    let default = default_scaling(path, &config, scaled)?;
+    let mut reader = Reader { default, overrides, components: Vec::new(), problems };
+    for (target, parts) in targets {
+        reader.build(&target, parts);
     }
-    let leftover = alphas.into_values();
-    problems.extend(leftover.map(|tensor| AdapterProblem::UnusedTensor { tensor: tensor.name }));
-    let mut unknown: Vec<&str> = scalings.into_keys().collect();
+    let mut unknown: Vec<String> = reader.overrides.into_keys().collect();
     unknown.sort_unstable();
-    problems.extend(
-        unknown.into_iter().map(|name| AdapterProblem::MissingModule { module: name.to_owned() }),
-    );
+    let unknown = unknown.into_iter().map(|module| AdapterProblem::MissingModule { module });
+    let (mut components, mut problems) = (reader.components, reader.problems);
+    problems.extend(unknown);
+    components.sort_by(Component::compare);
+    problems.extend(components::clashes(&components));
     if !problems.is_empty() {
         return Err(Error::Adapter { path: path.to_owned(), problems });
     }
@@ -91,6 +79,7 @@ pub fn read(file: &SafetensorsFile) -> Result<Adapter> {
         let problem = DetectProblem::NotAnAdapter { tensors: 0, first: None };
         return Err(Error::Unrecognised { path: path.to_owned(), problem });
     }
+    check_used(path, &config, &components)?;
 
     let own = ["format", CONFIG_KEY];
     let metadata = &file.header().metadata;
@@ -118,6 +107,162 @@ pub fn read(file: &SafetensorsFile) -> Result<Adapter> {
         extensions: config.extensions,
         notes: Vec::new(),
     })
+}
+
+/// The tensors of one target, by role.
+type Parts = BTreeMap<Role, Tensor>;
+
+/// What is gathered while tensors become components.
+struct Reader {
+    /// The scaling of components that no override names.
+    default: Scaling,
+    /// Those of the others, by what overrides call them; what is left names nothing.
+    overrides: HashMap<String, Scaling>,
+    components: Vec<Component>,
+    problems: Vec<AdapterProblem>,
+}
+
+impl Reader {
+    /// The components of one target.
+    fn build(&mut self, target: &Target, mut parts: Parts) {
+        for [a, b] in
+            [[Role::PlainA, Role::PlainB], [Role::A, Role::B], [Role::EmbeddingA, Role::EmbeddingB]]
+        {
+            if parts.contains_key(&a) || parts.contains_key(&b) {
+                self.low_rank(target, [a, b], &mut parts);
+            }
+        }
+        if let Some(tensor) = parts.remove(&Role::Value) {
+            self.push(target, Form::Replaced(tensor));
+        }
+        if let Some((rows, indices)) = self.pair(target, [Role::Rows, Role::Indices], &mut parts) {
+            self.rows(target, rows, &indices);
+        }
+        if let Some((tensor, scale)) = self.pair(target, [Role::Added, Role::Scale], &mut parts) {
+            self.added(target, tensor, scale);
+        }
+        parts.into_values().for_each(|tensor| self.unused(tensor));
+    }
+
+    fn low_rank(&mut self, target: &Target, [a, b]: [Role; 2], parts: &mut Parts) {
+        let found = FactorTensors { a: parts.remove(&a), b: parts.remove(&b) };
+        let layer = match &found.a {
+            _ if a == Role::EmbeddingA => Layer::Embedding,
+            Some(a) => components::layer_of(a),
+            None => Layer::Linear,
+        };
+        let is_plain = a == Role::PlainA;
+        let (alpha, magnitude) = if is_plain {
+            (parts.remove(&Role::Alpha), None)
+        } else {
+            (None, parts.remove(&Role::Magnitude))
+        };
+        let name = components::scaling_key(target);
+        let scaling = self.overrides.remove(&name).unwrap_or(self.default);
+        let names = (a.name(target), b.name(target));
+        let built = factors::of_layer(&name, layer, found, names, scaling, &mut self.problems);
+        let Some(mut low_rank) = built else { return };
+        if is_plain {
+            check_alpha(target, alpha, &low_rank, &mut self.problems);
+        }
+        if let Some(magnitude) = &magnitude {
+            let out = low_rank.out_features();
+            self.problems.extend(validate::magnitude(&magnitude.name, magnitude, out));
+        }
+        low_rank.magnitude = magnitude;
+        if components::factor_roles(target, &low_rank) != [a, b] {
+            // F10: these names are for what other loaders must not apply.
+            let tensor = low_rank.a.name;
+            self.problems.push(AdapterProblem::NeedlessName { tensor });
+            return;
+        }
+        self.push(target, Form::LowRank(low_rank));
+    }
+
+    fn rows(&mut self, target: &Target, rows: Tensor, indices: &Tensor) {
+        self.problems.extend(validate::rows(&rows.name, &rows));
+        let words = indices.bytes().chunks_exact(8);
+        let numbers: Option<Vec<u64>> = (indices.dtype == Dtype::I64 && indices.shape.len() == 1)
+            .then(|| words.map(|word| word.iter().rev().fold(0, |n, &b| n << 8 | u64::from(b))))
+            .map(Iterator::collect);
+        let count = rows.shape.first().copied().unwrap_or(0);
+        let Some(numbers) = numbers else {
+            let tensor = indices.name.clone();
+            self.problems.push(AdapterProblem::RowIndices { tensor });
+            return;
+        };
+        self.problems.extend(validate::indices(&indices.name, &numbers, count));
+        self.push(target, Form::Rows { indices: numbers, rows });
+    }
+
+    fn added(&mut self, target: &Target, tensor: Tensor, scale: Tensor) {
+        self.problems.extend(validate::float(&tensor.name, &tensor));
+        match (scale.dtype, &*scale.shape, <[u8; 8]>::try_from(scale.bytes())) {
+            (Dtype::F64, [], Ok(bytes)) => {
+                let scale = f64::from_le_bytes(bytes);
+                self.problems.extend(validate::scale(&target.name(), scale));
+                self.push(target, Form::Added { tensor, scale });
+            }
+            _ => {
+                let (dtype, shape) = (scale.dtype, Shape(scale.shape));
+                let tensor = scale.name;
+                self.problems.push(AdapterProblem::ScaleTensor { tensor, dtype, shape });
+            }
+        }
+    }
+
+    /// Two tensors of which neither means anything alone.
+    fn pair(
+        &mut self,
+        target: &Target,
+        roles: [Role; 2],
+        parts: &mut Parts,
+    ) -> Option<(Tensor, Tensor)> {
+        let [present, missing] = match roles.map(|role| parts.remove(&role)) {
+            [Some(first), Some(second)] => return Some((first, second)),
+            [None, None] => return None,
+            [Some(_), None] => roles,
+            [None, Some(_)] => [roles[1], roles[0]],
+        };
+        let [present, missing] = [present, missing].map(|role| role.name(target));
+        self.problems.push(AdapterProblem::MissingFactor { present, missing });
+        None
+    }
+
+    fn push(&mut self, target: &Target, form: Form) {
+        self.components.push(Component { target: target.clone(), form });
+    }
+
+    fn unused(&mut self, tensor: Tensor) {
+        self.problems.push(AdapterProblem::UnusedTensor { tensor: tensor.name });
+    }
+}
+
+/// The file must require exactly what it uses (F20).
+fn check_used(path: &Path, config: &Config, components: &[Component]) -> Result<()> {
+    let used = components::features(components);
+    if config.requires.iter().eq(used.iter()) {
+        return Ok(());
+    }
+    let found = Value::from(config.requires.as_slice());
+    Err(Error::config(path, "requires", "the features that the file uses, sorted", &found))
+}
+
+/// The default scaling, which is there if anything is scaled (F12).
+fn default_scaling(path: &Path, config: &Config, scaled: bool) -> Result<Scaling> {
+    match &config.scaling {
+        Some(default) if scaled => scaling(path, "scaling", default),
+        Some(needless) => {
+            let found = Value::from(needless.rule.as_str());
+            Err(Error::config(path, "scaling", "absent where no component has factors", &found))
+        }
+        None if scaled => {
+            let expected = "there, as a component has factors";
+            Err(Error::config(path, "scaling", expected, &Value::Null))
+        }
+        // Of no component.
+        None => Ok(Scaling { alpha: 1.0, rule: ScalingRule::Direct }),
+    }
 }
 
 /// Whether this is `1.<minor>`, with a tag behind it or without.
@@ -172,10 +317,6 @@ fn check_members(path: &Path, header: &Header, config: &Config) -> Result<()> {
     if found != "pt" {
         return Err(Error::config(path, "format", "`pt` in `__metadata__`", &found));
     }
-    if config.requires != FEATURES {
-        let found = Value::from(config.requires.as_slice());
-        return Err(Error::config(path, "requires", "the features that the file uses", &found));
-    }
     let digits = config.digest.strip_prefix("sha256:").unwrap_or_default();
     if digits.len() != 64 || !digits.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')) {
         let expected = "`sha256:` and 64 lower-case hexadecimal digits";
@@ -210,12 +351,12 @@ fn scaling(path: &Path, field: &str, config: &ScalingConfig) -> Result<Scaling> 
 /// The `.alpha` tensor must be there, an f32 scalar, and say what the configuration says: a
 /// loader that reads only the tensors must not compute another scale.
 fn check_alpha(
-    module: &str,
+    target: &Target,
     tensor: Option<Tensor>,
     factors: &LowRank,
     problems: &mut Vec<AdapterProblem>,
 ) {
-    let name = format!("{module}{ALPHA_SUFFIX}");
+    let (name, module) = (Role::Alpha.name(target), &target.module);
     let Some(tensor) = tensor else {
         problems.push(AdapterProblem::MissingTensor { tensor: name });
         return;
@@ -223,7 +364,7 @@ fn check_alpha(
     let expected = naive_alpha(factors.scaling, factors.rank());
     if !expected.is_finite() {
         let value = factors.scale() * factors.rank() as f64;
-        problems.push(AdapterProblem::AlphaRange { module: module.to_owned(), value });
+        problems.push(AdapterProblem::AlphaRange { module: module.clone(), value });
         return;
     }
     let stored = match tensor.to_f32().as_deref() {
@@ -235,7 +376,7 @@ fn check_alpha(
         }
     };
     if stored.to_bits() != expected.to_bits() {
-        let module = module.to_owned();
+        let module = module.clone();
         problems.push(AdapterProblem::AlphaMismatch { module, tensor: name, stored, expected });
     }
 }

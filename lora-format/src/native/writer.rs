@@ -1,5 +1,6 @@
 //! [`Adapter`] → file. The same adapter gives the same bytes, always.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -7,16 +8,19 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use sha2::{Digest, Sha256};
 
+use super::components::{self, Role};
 use super::config::{
     BaseConfig, Config, FingerprintConfig, Override, ScalingConfig, SourceField, TargetConfig,
 };
-use super::{A_SUFFIX, ALPHA_SUFFIX, B_SUFFIX, CONFIG_KEY, VERSION};
+use super::{CONFIG_KEY, VERSION, validate};
 use crate::container::safetensors::{Declared, encode_header, storage_order};
 use crate::dtype::Dtype;
 use crate::error::{AdapterProblem, Error, Result};
+use crate::factors::{self, FactorTensors};
 use crate::fingerprint::ALGORITHM;
 use crate::io::atomic::{AtomicFile, Durability, Overwrite};
-use crate::model::{Adapter, Scaling};
+use crate::model::{Adapter, Component, Form, Layer, LowRank, Scaling, Target};
+use crate::tensor::Tensor;
 
 /// This format, as messages name it.
 pub const FORMAT: &str = "format version 1.0-draft";
@@ -25,7 +29,8 @@ pub const FORMAT: &str = "format version 1.0-draft";
 ///
 /// # Errors
 /// [`Error::OutputExists`], [`Error::Io`], [`Error::Inexpressible`] for a component the format
-/// cannot hold, [`Error::Adapter`] for a scale that no `.alpha` tensor can hold.
+/// cannot hold, [`Error::Adapter`] for tensors that do not form the component that they are in, or
+/// a scale that no `.alpha` tensor can hold.
 pub fn write(
     adapter: &Adapter,
     destination: &Path,
@@ -46,23 +51,23 @@ pub fn write(
 pub struct OutputTensor<'a> {
     name: String,
     dtype: Dtype,
-    shape: &'a [usize],
-    data: OutputData<'a>,
+    shape: Cow<'a, [usize]>,
+    data: Cow<'a, [u8]>,
 }
 
-#[derive(Debug)]
-enum OutputData<'a> {
-    Borrowed(&'a [u8]),
-    Scalar([u8; 4]),
-}
-
-impl OutputTensor<'_> {
+impl<'a> OutputTensor<'a> {
     /// The stored bytes.
     pub fn bytes(&self) -> &[u8] {
-        match &self.data {
-            OutputData::Borrowed(bytes) => bytes,
-            OutputData::Scalar(bytes) => bytes,
-        }
+        &self.data
+    }
+
+    fn of(name: String, tensor: &'a Tensor) -> OutputTensor<'a> {
+        let (shape, data) = (Cow::from(&*tensor.shape), Cow::from(tensor.bytes()));
+        OutputTensor { name, dtype: tensor.dtype, shape, data }
+    }
+
+    fn made(name: String, dtype: Dtype, shape: Vec<usize>, bytes: Vec<u8>) -> OutputTensor<'a> {
+        OutputTensor { name, dtype, shape: shape.into(), data: bytes.into() }
     }
 }
 
@@ -71,12 +76,13 @@ impl OutputTensor<'_> {
 /// # Errors
 /// As [`write()`], less the file system's.
 pub fn encode(adapter: &Adapter) -> Result<(Vec<u8>, Vec<OutputTensor<'_>>)> {
-    let tensors = lay_out(adapter)?;
+    let sound = sound(adapter)?;
+    let tensors = lay_out(adapter);
     let mut digest = Sha256::new();
     for tensor in &tensors {
         digest.update(tensor.bytes());
     }
-    let config = describe(adapter, &hexadecimal(&digest.finalize()))?;
+    let config = describe(adapter, &sound, &hexadecimal(&digest.finalize()))?;
     let text = serde_json::to_string(&config)
         .map_err(|source| Error::Json { path: adapter.path.clone(), source })?;
     // `format: pt` is what transformers demands of any safetensors file.
@@ -87,40 +93,130 @@ pub fn encode(adapter: &Adapter) -> Result<(Vec<u8>, Vec<OutputTensor<'_>>)> {
     let declared = tensors.iter().map(|tensor| Declared {
         name: &tensor.name,
         dtype: tensor.dtype,
-        shape: tensor.shape,
+        shape: &tensor.shape,
         bytes: tensor.bytes().len() as u64,
     });
     Ok((encode_header(&metadata, declared), tensors))
 }
 
+/// Whether the format can hold every component of an adapter, and the file could be read again.
+///
+/// # Errors
+/// [`Error::Inexpressible`] with the first component that the format has no names for,
+/// [`Error::Adapter`] for tensors that do not form the component that they are in.
+pub fn check(adapter: &Adapter) -> Result<()> {
+    sound(adapter).map(drop)
+}
+
+/// The components, sorted, if the format can hold them all.
+fn sound(adapter: &Adapter) -> Result<Vec<Component>> {
+    let refuse = |what| Error::Inexpressible { path: adapter.path.clone(), format: FORMAT, what };
+    if adapter.components.is_empty() {
+        return Err(refuse("an adapter without components".to_owned()));
+    }
+    if let Some(Component { target, form }) =
+        adapter.components.iter().find(|component| !components::is_held(component))
+    {
+        return Err(refuse(format!("a change of `{}` by {}", target.name(), form.method())));
+    }
+    let mut sorted = adapter.components.clone();
+    sorted.sort_by(Component::compare);
+    let mut problems = components::clashes(&sorted);
+    for Component { target, form } in &sorted {
+        match form {
+            Form::LowRank(low_rank) => check_low_rank(target, low_rank, &mut problems),
+            Form::Rows { indices, rows } => {
+                let name = Role::Rows.name(target);
+                problems.extend(validate::rows(&name, rows));
+                let count = rows.shape.first().copied().unwrap_or(0);
+                problems.extend(validate::indices(&Role::Indices.name(target), indices, count));
+            }
+            Form::Added { tensor, scale } => {
+                problems.extend(validate::float(&Role::Added.name(target), tensor));
+                problems.extend(validate::scale(&target.name(), *scale));
+            }
+            _ => {}
+        }
+    }
+    if problems.is_empty() {
+        Ok(sorted)
+    } else {
+        Err(Error::Adapter { path: adapter.path.clone(), problems })
+    }
+}
+
+fn check_low_rank(target: &Target, low_rank: &LowRank, problems: &mut Vec<AdapterProblem>) {
+    let [a, b] = components::factor_roles(target, low_rank);
+    let [a, b] = [a.name(target), b.name(target)];
+    let named = |tensor: &Tensor, name: &String| {
+        let mut tensor = tensor.clone();
+        tensor.name.clone_from(name);
+        Some(tensor)
+    };
+    let factors = FactorTensors { a: named(&low_rank.a, &a), b: named(&low_rank.b, &b) };
+    let (module, scaling) = (components::scaling_key(target), low_rank.scaling);
+    if low_rank.layer != Layer::Embedding && components::layer_of(&low_rank.a) != low_rank.layer {
+        problems.extend(validate::layer(&a, &low_rank.a));
+        return;
+    }
+    let built =
+        factors::of_layer(&module, low_rank.layer, factors, (a, b), scaling, &mut *problems);
+    if built.is_none() {
+        return;
+    }
+    if let Some(magnitude) = &low_rank.magnitude {
+        let name = Role::Magnitude.name(target);
+        problems.extend(validate::magnitude(&name, magnitude, low_rank.out_features()));
+    }
+    if components::is_plain(target, low_rank)
+        && !naive_alpha(low_rank.scaling, low_rank.rank()).is_finite()
+    {
+        let value = low_rank.scale() * low_rank.rank() as f64;
+        problems.push(AdapterProblem::AlphaRange { module, value });
+    }
+}
+
 /// The tensors of every component, in storage order.
-fn lay_out(adapter: &Adapter) -> Result<Vec<OutputTensor<'_>>> {
+fn lay_out(adapter: &Adapter) -> Vec<OutputTensor<'_>> {
     let mut tensors = Vec::with_capacity(adapter.components.len() * 3);
-    for (target, factors) in adapter.plain_low_rank(FORMAT)? {
-        let module = &target.module;
-        for (suffix, factor) in [(A_SUFFIX, &factors.a), (B_SUFFIX, &factors.b)] {
-            tensors.push(OutputTensor {
-                name: format!("{module}{suffix}"),
-                dtype: factor.dtype,
-                shape: &factor.shape,
-                data: OutputData::Borrowed(factor.bytes()),
-            });
+    for Component { target, form } in &adapter.components {
+        match form {
+            Form::LowRank(low_rank) => {
+                let [a, b] = components::factor_roles(target, low_rank);
+                tensors.push(OutputTensor::of(a.name(target), &low_rank.a));
+                tensors.push(OutputTensor::of(b.name(target), &low_rank.b));
+                tensors.extend(
+                    low_rank
+                        .magnitude
+                        .as_ref()
+                        .map(|magnitude| OutputTensor::of(Role::Magnitude.name(target), magnitude)),
+                );
+                if components::is_plain(target, low_rank) {
+                    let alpha = naive_alpha(low_rank.scaling, low_rank.rank());
+                    let (name, bytes) = (Role::Alpha.name(target), alpha.to_le_bytes().to_vec());
+                    tensors.push(OutputTensor::made(name, Dtype::F32, Vec::new(), bytes));
+                }
+            }
+            Form::Replaced(tensor) => {
+                tensors.push(OutputTensor::of(Role::Value.name(target), tensor));
+            }
+            Form::Rows { indices, rows } => {
+                tensors.push(OutputTensor::of(Role::Rows.name(target), rows));
+                let bytes: Vec<u8> = indices.iter().flat_map(|it| it.to_le_bytes()).collect();
+                let (name, shape) = (Role::Indices.name(target), vec![indices.len()]);
+                tensors.push(OutputTensor::made(name, Dtype::I64, shape, bytes));
+            }
+            Form::Added { tensor, scale } => {
+                tensors.push(OutputTensor::of(Role::Added.name(target), tensor));
+                let (name, bytes) = (Role::Scale.name(target), scale.to_le_bytes().to_vec());
+                tensors.push(OutputTensor::made(name, Dtype::F64, Vec::new(), bytes));
+            }
+            // Refused before.
+            _ => {}
         }
-        let alpha = naive_alpha(factors.scaling, factors.rank());
-        if !alpha.is_finite() {
-            let value = factors.scale() * factors.rank() as f64;
-            let problems = vec![AdapterProblem::AlphaRange { module: module.clone(), value }];
-            return Err(Error::Adapter { path: adapter.path.clone(), problems });
-        }
-        tensors.push(OutputTensor {
-            name: format!("{module}{ALPHA_SUFFIX}"),
-            dtype: Dtype::F32,
-            shape: &[],
-            data: OutputData::Scalar(alpha.to_le_bytes()),
-        });
     }
     tensors.sort_by(|x, y| storage_order((x.dtype, &x.name), (y.dtype, &y.name)));
-    Ok(tensors)
+    tensors
 }
 
 /// The value of the `.alpha` tensor: what a loader that computes `alpha / rank` must find.
@@ -128,36 +224,28 @@ pub(super) fn naive_alpha(scaling: Scaling, rank: usize) -> f32 {
     (scaling.scale(rank) * rank as f64) as f32
 }
 
-fn describe(adapter: &Adapter, digest: &str) -> Result<Config> {
+fn describe(adapter: &Adapter, sound: &[Component], digest: &str) -> Result<Config> {
     let mut groups: BTreeMap<(&str, u64), (Scaling, Vec<String>)> = BTreeMap::new();
-    for (target, factors) in adapter.plain_low_rank(FORMAT)? {
-        let key = (factors.scaling.rule.name(), factors.scaling.alpha.to_bits());
-        let group = groups.entry(key).or_insert_with(|| (factors.scaling, Vec::new()));
-        group.1.push(target.module.clone());
+    for Component { target, form } in sound {
+        let Form::LowRank(LowRank { scaling, .. }) = form else { continue };
+        let key = (scaling.rule.name(), scaling.alpha.to_bits());
+        let group = groups.entry(key).or_insert_with(|| (*scaling, Vec::new()));
+        group.1.push(components::scaling_key(target));
     }
     // The commonest scaling is the file's default; of equals, the first in key order.
     let largest = groups.values().map(|group| group.1.len()).max();
-    let default = groups
-        .iter()
-        .find(|(_, group)| Some(group.1.len()) == largest)
-        .map(|(key, group)| (*key, group.0));
-    let Some((default_key, default_scaling)) = default else {
-        return Err(Error::Inexpressible {
-            path: adapter.path.clone(),
-            format: FORMAT,
-            what: "an adapter without components".to_owned(),
-        });
-    };
-    groups.remove(&default_key);
+    let default =
+        groups.iter().find(|entry| Some(entry.1.1.len()) == largest).map(|entry| *entry.0);
+    let default = default.and_then(|key| groups.remove(&key));
     let overrides = groups.into_values().map(|(scaling, mut modules)| {
         modules.sort();
         Override { scaling: scaling_config(scaling), modules }
     });
     Ok(Config {
         version: VERSION.to_owned(),
-        requires: vec!["low-rank".to_owned()],
+        requires: components::features(sound).into_iter().map(str::to_owned).collect(),
         digest: format!("sha256:{digest}"),
-        scaling: scaling_config(default_scaling),
+        scaling: default.map(|group| scaling_config(group.0)),
         overrides: overrides.collect(),
         fan_in_fan_out: adapter.fan_in_fan_out,
         base: base_config(adapter)?,

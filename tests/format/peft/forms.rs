@@ -112,7 +112,7 @@ fn form(form: &Form) -> String {
 }
 
 /// A line per component.
-fn describe(adapter: &Adapter) -> Vec<String> {
+pub(super) fn describe(adapter: &Adapter) -> Vec<String> {
     let line = |component: &lora_format::model::Component| {
         format!("{}: {}", component.target.name(), form(&component.form))
     };
@@ -120,7 +120,7 @@ fn describe(adapter: &Adapter) -> Vec<String> {
 }
 
 /// The options that a case's adapter needs.
-fn options(case: &serde_json::Value) -> ReadOptions {
+pub(super) fn options(case: &serde_json::Value) -> ReadOptions {
     let given = &case["options"];
     ReadOptions {
         alpha: given["alpha"].as_f64(),
@@ -131,7 +131,7 @@ fn options(case: &serde_json::Value) -> ReadOptions {
     }
 }
 
-fn case(folder: &Path) -> serde_json::Value {
+pub(super) fn case(folder: &Path) -> serde_json::Value {
     serde_json::from_slice(&std::fs::read(folder.join("case.json")).unwrap()).unwrap()
 }
 

@@ -186,19 +186,10 @@ impl Builder<'_> {
             let features = features.map(|(reason, names)| tensors::summarise(reason, names));
             return Err(Error::Unsupported { path, features: features.collect() });
         }
-        // Copies of the base and whole parameters come before what changes them.
-        let order = |form: &Form| match form {
-            Form::Base(_) => 0,
-            Form::Replaced(_) => 1,
-            Form::Rows { .. } => 2,
-            Form::Experts(experts) => 3 + experts.depth,
-            _ => 3,
-        };
-        self.components
-            .sort_by(|x, y| (&x.target, order(&x.form)).cmp(&(&y.target, order(&y.form))));
+        self.components.sort_by(Component::compare);
         for pair in self.components.windows(2) {
             if pair[0].target == pair[1].target
-                && order(&pair[0].form) == order(&pair[1].form)
+                && pair[0].form.precedence() == pair[1].form.precedence()
                 && pair[0].form.method() == pair[1].form.method()
             {
                 let [first, second] = [&pair[0], &pair[1]].map(|component| {

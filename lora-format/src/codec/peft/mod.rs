@@ -8,6 +8,7 @@ mod adalora;
 mod build;
 mod config;
 mod factored;
+mod layout;
 mod lora;
 mod lycoris;
 mod methods;
@@ -20,7 +21,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
-pub use writer::write_directory;
+pub use writer::{also_needed, write_directory};
 
 use self::config::Configuration;
 use self::methods::Method;

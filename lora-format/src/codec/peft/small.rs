@@ -320,7 +320,7 @@ impl<'a> TokenTable<'a> {
 
     /// The rows of `module`. PEFT compares the ends of names, and of several tables that fit takes
     /// the first; but it sorts them when it saves, so where they differ it cannot be known.
-    fn rows(&self, module: &str, tensor: &str) -> Result<&[u64], AdapterProblem> {
+    pub(super) fn rows(&self, module: &str, tensor: &str) -> Result<&[u64], AdapterProblem> {
         let mut fitting = self.entries.iter().filter(|(end, _)| module.ends_with(end));
         let tensor = tensor.to_owned();
         let Some((name, rows)) = fitting.next() else {

@@ -289,7 +289,7 @@ impl<'a> Explained<'a> {
             || (parameter.ends_with("_bias") && self.all_biases);
         let of_vocabulary = vocabulary::may_be_saved_whole(&module);
         if is_trained_bias
-            || (!copied && self.is_saved(&module))
+            || (!copied && is_saved(&self.modules_to_save, &module))
             || (of_vocabulary && (!copied || parameter == "bias"))
         {
             return Ok(Stored::Trained(module, parameter));
@@ -301,16 +301,14 @@ impl<'a> Explained<'a> {
         Err("a tensor stored in full that no field of the configuration speaks of \
              (modules_to_save, bias)")
     }
+}
 
-    /// Whether the module lies in one of `modules_to_save`, by PEFT's rule: the end of a name.
-    fn is_saved(&self, module: &str) -> bool {
-        let ends = module.match_indices('.').map(|(at, _)| at).chain([module.len()]);
-        ends.into_iter().any(|end| {
-            self.modules_to_save
-                .iter()
-                .any(|name| !name.is_empty() && module[..end].ends_with(name))
-        })
-    }
+/// Whether a module lies in one of `modules_to_save`, by PEFT's rule: the end of a name.
+pub(super) fn is_saved(modules_to_save: &[&str], module: &str) -> bool {
+    let mut ends = module.match_indices('.').map(|(at, _)| at).chain([module.len()]);
+    ends.any(|end| {
+        modules_to_save.iter().any(|name| !name.is_empty() && module[..end].ends_with(name))
+    })
 }
 
 const LONE_COPY: &str = "a copy of the base's weight beside no change of it";
