@@ -23,6 +23,7 @@
 //! | `stochastic`    | the random numbers and the choice they make           |
 //! | `stats`         | statistics and the order of their sums                |
 //! | `environment`   | the floating-point control register                   |
+//! | [`mod@sweep`]   | products with blocks of vectors; its own contract     |
 //! | `testing`       | checks every instruction set passes                   |
 //!
 //! # Contract
@@ -164,6 +165,7 @@ mod isa;
 mod scalar;
 mod stats;
 mod stochastic;
+pub mod sweep;
 #[cfg(test)]
 mod testing;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
@@ -184,6 +186,10 @@ pub use factors::{Factors, LANES, PANEL, Path, Segment};
 pub use float::FloatType;
 pub use isa::{Isa, UnknownIsa};
 pub use stats::{ConvertStats, TileStats};
+pub use sweep::{
+    BlockRow, NonFinite, Rows, SweepScratch, apply, apply_transposed, difference, energy,
+    non_finite, residual_energy, sweep,
+};
 
 /// Rows of a unit: the rows whose statistics are summed in `f32`, and the rows
 /// the product computes at once.

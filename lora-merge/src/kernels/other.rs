@@ -1,6 +1,7 @@
 //! Targets without vector code: everything runs as [`Isa::Scalar`].
 
 use super::stats::{ConvertStats, TileStats};
+use super::sweep::{Pass, Rows, SweepScratch};
 use super::{Factors, FloatType, Isa, Tile, TileRegion};
 
 /// No control register is known here, so there is nothing to save.
@@ -36,5 +37,25 @@ pub(crate) fn convert(
     _: &mut [u8],
     _: FloatType,
 ) -> Option<ConvertStats> {
+    None
+}
+
+pub(crate) fn sweep<'a, const G: usize>(
+    _: Isa,
+    pass: Pass<'a, G>,
+    _: &mut SweepScratch,
+) -> Option<Pass<'a, G>> {
+    Some(pass)
+}
+
+pub(crate) fn difference(_: Isa, _: Rows<'_>, _: &mut [f32]) -> Option<()> {
+    None
+}
+
+pub(crate) fn energy(_: Isa, _: &[f32]) -> Option<f64> {
+    None
+}
+
+pub(crate) fn residual_energy(_: Isa, _: &[f32], _: &[f64]) -> Option<f64> {
     None
 }

@@ -3,7 +3,9 @@
 mod control;
 mod neon;
 
+use super::generic::sweep::{Steps, difference as take_difference, run};
 use super::stats::{ConvertStats, TileStats};
+use super::sweep::{Pass, Rows, SweepScratch};
 use super::{Factors, FloatType, Isa, Tile, TileRegion};
 #[cfg(test)]
 pub(crate) use control::FLUSHING;
@@ -47,6 +49,47 @@ pub(crate) fn convert(
 ) -> Option<ConvertStats> {
     match isa {
         Isa::Neon => Some(Neon::new()?.convert(base, base_type, out, out_type)),
+        Isa::Scalar | Isa::Avx2 | Isa::Avx512 => None,
+    }
+}
+
+/// A pass of [`sweep`](mod@super::sweep) if this CPU runs `isa`, otherwise the pass back.
+pub(crate) fn sweep<'a, const G: usize>(
+    isa: Isa,
+    pass: Pass<'a, G>,
+    scratch: &mut SweepScratch,
+) -> Option<Pass<'a, G>> {
+    match isa {
+        Isa::Neon => match Neon::new() {
+            Some(v) => run(v, pass, scratch),
+            None => return Some(pass),
+        },
+        Isa::Scalar | Isa::Avx2 | Isa::Avx512 => return Some(pass),
+    }
+    None
+}
+
+/// [`difference`](super::difference) if this CPU runs `isa`.
+pub(crate) fn difference(isa: Isa, rows: Rows<'_>, out: &mut [f32]) -> Option<()> {
+    match isa {
+        Isa::Neon => take_difference(Neon::new()?, rows, out),
+        Isa::Scalar | Isa::Avx2 | Isa::Avx512 => return None,
+    }
+    Some(())
+}
+
+/// [`energy`](super::energy) if this CPU runs `isa`.
+pub(crate) fn energy(isa: Isa, a: &[f32]) -> Option<f64> {
+    match isa {
+        Isa::Neon => Some(Neon::new()?.energy(a)),
+        Isa::Scalar | Isa::Avx2 | Isa::Avx512 => None,
+    }
+}
+
+/// [`residual_energy`](super::residual_energy) if this CPU runs `isa`.
+pub(crate) fn residual_energy(isa: Isa, a: &[f32], product: &[f64]) -> Option<f64> {
+    match isa {
+        Isa::Neon => Some(Neon::new()?.residual_energy(a, product)),
         Isa::Scalar | Isa::Avx2 | Isa::Avx512 => None,
     }
 }

@@ -10,8 +10,10 @@ use std::arch::asm;
 use std::array;
 
 use super::super::factors::{Factors, LANES};
-use super::super::generic::{self, Element, with_types};
+use super::super::generic::sweep::{self, Ahead, Steps};
+use super::super::generic::{self, Element, Place, Source, with_types};
 use super::super::stats::{ConvertStats, TileStats};
+use super::super::sweep::{BlockRow, Line};
 use super::super::vector::{Vector, both, eight, four};
 use super::super::{FloatType, Tile, TileRegion};
 
@@ -64,6 +66,99 @@ impl Neon {
         }
         // SAFETY: `self` is proof of the feature.
         unsafe { convert::<B, O>(self, base, out) }
+    }
+}
+
+impl Steps for Neon {
+    // 6 rows × 4 registers of sums or weights, 4 of the other factor, 1 of A:
+    // 29 of 32.
+    const GROUP_ROWS: [usize; 5] = [6; 5];
+
+    fn pack<S: Source>(self, source: S, place: &Place, lines: &mut [Line]) {
+        #[target_feature(enable = "neon")]
+        fn pack<S: Source>(v: Neon, source: S, place: &Place, lines: &mut [Line]) {
+            generic::pack(v, source, place, lines);
+        }
+        // SAFETY: `self` is proof of the feature.
+        unsafe { pack(self, source, place, lines) }
+    }
+
+    fn product<const G: usize>(
+        self,
+        lines: &[Line],
+        x: &[BlockRow<G>],
+        w: &mut [BlockRow<G>],
+        ahead: &mut Ahead<'_>,
+    ) {
+        #[target_feature(enable = "neon")]
+        fn product<const G: usize, const R: usize, const C: usize>(
+            v: Neon,
+            lines: &[Line],
+            x: &[BlockRow<G>],
+            w: &mut [BlockRow<G>],
+            ahead: &mut Ahead<'_>,
+        ) {
+            sweep::product::<Neon, G, R, C>(v, lines, x, w, ahead);
+        }
+        // SAFETY: `self` is proof of the feature.
+        unsafe { product::<G, 6, 1>(self, lines, x, w, ahead) }
+    }
+
+    fn transposed<const G: usize>(
+        self,
+        lines: &[Line],
+        w: &[BlockRow<G>],
+        z: &mut [BlockRow<G>],
+        ahead: &mut Ahead<'_>,
+    ) {
+        #[target_feature(enable = "neon")]
+        fn transposed<const G: usize, const R: usize, const C: usize, const K: usize>(
+            v: Neon,
+            lines: &[Line],
+            w: &[BlockRow<G>],
+            z: &mut [BlockRow<G>],
+            ahead: &mut Ahead<'_>,
+        ) {
+            sweep::transposed::<Neon, G, R, C, K>(v, lines, w, z, ahead);
+        }
+        // SAFETY: `self` is proof of the feature.
+        unsafe { transposed::<G, 6, 1, 1>(self, lines, w, z, ahead) }
+    }
+
+    fn settle<const G: usize>(self, rows: &mut [BlockRow<G>]) {
+        #[target_feature(enable = "neon")]
+        fn settle<const G: usize>(v: Neon, rows: &mut [BlockRow<G>]) {
+            sweep::settle(v, rows);
+        }
+        // SAFETY: `self` is proof of the feature.
+        unsafe { settle(self, rows) }
+    }
+
+    fn difference<S: Source>(self, source: S, out: &mut [f32]) {
+        #[target_feature(enable = "neon")]
+        fn difference<S: Source>(v: Neon, source: S, out: &mut [f32]) {
+            generic::difference(v, source, out);
+        }
+        // SAFETY: `self` is proof of the feature.
+        unsafe { difference(self, source, out) }
+    }
+
+    fn energy(self, a: &[f32]) -> f64 {
+        #[target_feature(enable = "neon")]
+        fn energy(v: Neon, a: &[f32]) -> f64 {
+            generic::energy(v, a)
+        }
+        // SAFETY: `self` is proof of the feature.
+        unsafe { energy(self, a) }
+    }
+
+    fn residual_energy(self, a: &[f32], product: &[f64]) -> f64 {
+        #[target_feature(enable = "neon")]
+        fn residual_energy(v: Neon, a: &[f32], product: &[f64]) -> f64 {
+            generic::residual_energy(v, a, product)
+        }
+        // SAFETY: `self` is proof of the feature.
+        unsafe { residual_energy(self, a, product) }
     }
 }
 

@@ -10,10 +10,15 @@ mod element;
 mod epilogue;
 mod merge;
 mod product;
+mod source;
+mod squares;
+pub(crate) mod sweep;
 
 pub(crate) use convert::convert;
 pub(crate) use element::{Bf16, Element, F16, F32};
 pub(crate) use merge::{merge, product};
+pub(crate) use source::{Difference, Place, Source, Stored, difference, pack};
+pub(crate) use squares::{energy, residual_energy};
 
 /// Calls `$function::<Base, Out>($arguments)` with the marker types of two
 /// [`FloatType`](super::float::FloatType)s.

@@ -5,8 +5,10 @@
 use std::arch::x86_64::*;
 
 use super::super::factors::{Factors, LANES};
-use super::super::generic::{self, Element, with_types};
+use super::super::generic::sweep::{self, Ahead, Steps};
+use super::super::generic::{self, Element, Place, Source, with_types};
 use super::super::stats::{ConvertStats, TileStats};
+use super::super::sweep::{BlockRow, Line};
 use super::super::vector::{Vector, both, four};
 use super::super::{FloatType, Tile, TileRegion};
 
@@ -63,6 +65,99 @@ impl Avx2 {
         }
         // SAFETY: `self` is proof of the features.
         unsafe { convert::<B, O>(self, base, out) }
+    }
+}
+
+impl Steps for Avx2 {
+    // 6 rows × 2 registers of sums or weights, 2 of the other factor, 1 of A:
+    // 15 of 16.
+    const GROUP_ROWS: [usize; 5] = [6; 5];
+
+    fn pack<S: Source>(self, source: S, place: &Place, lines: &mut [Line]) {
+        #[target_feature(enable = "avx2,fma,f16c,popcnt")]
+        fn pack<S: Source>(v: Avx2, source: S, place: &Place, lines: &mut [Line]) {
+            generic::pack(v, source, place, lines);
+        }
+        // SAFETY: `self` is proof of the features.
+        unsafe { pack(self, source, place, lines) }
+    }
+
+    fn product<const G: usize>(
+        self,
+        lines: &[Line],
+        x: &[BlockRow<G>],
+        w: &mut [BlockRow<G>],
+        ahead: &mut Ahead<'_>,
+    ) {
+        #[target_feature(enable = "avx2,fma,f16c,popcnt")]
+        fn product<const G: usize, const R: usize, const C: usize>(
+            v: Avx2,
+            lines: &[Line],
+            x: &[BlockRow<G>],
+            w: &mut [BlockRow<G>],
+            ahead: &mut Ahead<'_>,
+        ) {
+            sweep::product::<Avx2, G, R, C>(v, lines, x, w, ahead);
+        }
+        // SAFETY: `self` is proof of the features.
+        unsafe { product::<G, 6, 1>(self, lines, x, w, ahead) }
+    }
+
+    fn transposed<const G: usize>(
+        self,
+        lines: &[Line],
+        w: &[BlockRow<G>],
+        z: &mut [BlockRow<G>],
+        ahead: &mut Ahead<'_>,
+    ) {
+        #[target_feature(enable = "avx2,fma,f16c,popcnt")]
+        fn transposed<const G: usize, const R: usize, const C: usize, const K: usize>(
+            v: Avx2,
+            lines: &[Line],
+            w: &[BlockRow<G>],
+            z: &mut [BlockRow<G>],
+            ahead: &mut Ahead<'_>,
+        ) {
+            sweep::transposed::<Avx2, G, R, C, K>(v, lines, w, z, ahead);
+        }
+        // SAFETY: `self` is proof of the features.
+        unsafe { transposed::<G, 6, 1, 1>(self, lines, w, z, ahead) }
+    }
+
+    fn settle<const G: usize>(self, rows: &mut [BlockRow<G>]) {
+        #[target_feature(enable = "avx2,fma,f16c,popcnt")]
+        fn settle<const G: usize>(v: Avx2, rows: &mut [BlockRow<G>]) {
+            sweep::settle(v, rows);
+        }
+        // SAFETY: `self` is proof of the features.
+        unsafe { settle(self, rows) }
+    }
+
+    fn difference<S: Source>(self, source: S, out: &mut [f32]) {
+        #[target_feature(enable = "avx2,fma,f16c,popcnt")]
+        fn difference<S: Source>(v: Avx2, source: S, out: &mut [f32]) {
+            generic::difference(v, source, out);
+        }
+        // SAFETY: `self` is proof of the features.
+        unsafe { difference(self, source, out) }
+    }
+
+    fn energy(self, a: &[f32]) -> f64 {
+        #[target_feature(enable = "avx2,fma,f16c,popcnt")]
+        fn energy(v: Avx2, a: &[f32]) -> f64 {
+            generic::energy(v, a)
+        }
+        // SAFETY: `self` is proof of the features.
+        unsafe { energy(self, a) }
+    }
+
+    fn residual_energy(self, a: &[f32], product: &[f64]) -> f64 {
+        #[target_feature(enable = "avx2,fma,f16c,popcnt")]
+        fn residual_energy(v: Avx2, a: &[f32], product: &[f64]) -> f64 {
+            generic::residual_energy(v, a, product)
+        }
+        // SAFETY: `self` is proof of the features.
+        unsafe { residual_energy(self, a, product) }
     }
 }
 

@@ -8,8 +8,10 @@
 use std::arch::x86_64::*;
 
 use super::super::factors::{Factors, LANES};
-use super::super::generic::{self, Element, with_types};
+use super::super::generic::sweep::{self, Ahead, Steps};
+use super::super::generic::{self, Element, Place, Source, with_types};
 use super::super::stats::{ConvertStats, TileStats};
+use super::super::sweep::{BlockRow, Line};
 use super::super::vector::{Vector, both};
 use super::super::{FloatType, Tile, TileRegion};
 
@@ -68,6 +70,109 @@ impl Avx512 {
         }
         // SAFETY: as in `merge`.
         unsafe { convert::<B, O>(self, base, out) }
+    }
+}
+
+impl Steps for Avx512 {
+    // 16 rows × 1 register or 8 rows × 2 of sums or weights, and 8 or 2 of the
+    // other factor: 18 to 24 of 32.
+    const GROUP_ROWS: [usize; 5] = [16, 16, 8, 16, 8];
+
+    fn pack<S: Source>(self, source: S, place: &Place, lines: &mut [Line]) {
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,popcnt")]
+        fn pack<S: Source>(v: Avx512, source: S, place: &Place, lines: &mut [Line]) {
+            generic::pack(v, source, place, lines);
+        }
+        // SAFETY: as in `merge`.
+        unsafe { pack(self, source, place, lines) }
+    }
+
+    fn product<const G: usize>(
+        self,
+        lines: &[Line],
+        x: &[BlockRow<G>],
+        w: &mut [BlockRow<G>],
+        ahead: &mut Ahead<'_>,
+    ) {
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,popcnt")]
+        fn product<const G: usize, const R: usize, const C: usize>(
+            v: Avx512,
+            lines: &[Line],
+            x: &[BlockRow<G>],
+            w: &mut [BlockRow<G>],
+            ahead: &mut Ahead<'_>,
+        ) {
+            sweep::product::<Avx512, G, R, C>(v, lines, x, w, ahead);
+        }
+        // SAFETY: as in `merge`.
+        unsafe {
+            match Self::GROUP_ROWS[G] {
+                8 => product::<G, 8, 2>(self, lines, x, w, ahead),
+                _ => product::<G, 16, 1>(self, lines, x, w, ahead),
+            }
+        }
+    }
+
+    fn transposed<const G: usize>(
+        self,
+        lines: &[Line],
+        w: &[BlockRow<G>],
+        z: &mut [BlockRow<G>],
+        ahead: &mut Ahead<'_>,
+    ) {
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,popcnt")]
+        fn transposed<const G: usize, const R: usize, const C: usize, const K: usize>(
+            v: Avx512,
+            lines: &[Line],
+            w: &[BlockRow<G>],
+            z: &mut [BlockRow<G>],
+            ahead: &mut Ahead<'_>,
+        ) {
+            sweep::transposed::<Avx512, G, R, C, K>(v, lines, w, z, ahead);
+        }
+        // SAFETY: as in `merge`.
+        unsafe {
+            match Self::GROUP_ROWS[G] {
+                8 => transposed::<G, 8, 2, 4>(self, lines, w, z, ahead),
+                _ => transposed::<G, 16, 1, 8>(self, lines, w, z, ahead),
+            }
+        }
+    }
+
+    fn settle<const G: usize>(self, rows: &mut [BlockRow<G>]) {
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,popcnt")]
+        fn settle<const G: usize>(v: Avx512, rows: &mut [BlockRow<G>]) {
+            sweep::settle(v, rows);
+        }
+        // SAFETY: as in `merge`.
+        unsafe { settle(self, rows) }
+    }
+
+    fn difference<S: Source>(self, source: S, out: &mut [f32]) {
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,popcnt")]
+        fn difference<S: Source>(v: Avx512, source: S, out: &mut [f32]) {
+            generic::difference(v, source, out);
+        }
+        // SAFETY: as in `merge`.
+        unsafe { difference(self, source, out) }
+    }
+
+    fn energy(self, a: &[f32]) -> f64 {
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,popcnt")]
+        fn energy(v: Avx512, a: &[f32]) -> f64 {
+            generic::energy(v, a)
+        }
+        // SAFETY: as in `merge`.
+        unsafe { energy(self, a) }
+    }
+
+    fn residual_energy(self, a: &[f32], product: &[f64]) -> f64 {
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,popcnt")]
+        fn residual_energy(v: Avx512, a: &[f32], product: &[f64]) -> f64 {
+            generic::residual_energy(v, a, product)
+        }
+        // SAFETY: as in `merge`.
+        unsafe { residual_energy(self, a, product) }
     }
 }
 
