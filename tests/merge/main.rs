@@ -19,6 +19,7 @@ mod kinds;
 mod layout;
 mod numerics;
 mod orientation;
+mod pair;
 mod quantised;
 
 mod realised;
