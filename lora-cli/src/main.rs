@@ -5,6 +5,7 @@
 
 mod commands;
 mod failure;
+mod picture;
 mod printer;
 mod progress;
 
@@ -27,30 +28,38 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Merge(commands::merge::Arguments),
+    Extract(commands::extract::Arguments),
     Unmerge(commands::unmerge::Arguments),
     Switch(commands::switch::Arguments),
     Verify(commands::verify::Arguments),
     Inspect(commands::inspect::Arguments),
+    Spectrum(commands::spectrum::Arguments),
+    Compare(commands::compare::Arguments),
     Convert(commands::convert::Arguments),
+    Resize(commands::resize::Arguments),
     Stamp(commands::stamp::Arguments),
 }
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let (json, result) = match &cli.command {
+        Command::Extract(arguments) => (arguments.json, commands::extract::run(arguments)),
         Command::Merge(arguments) => (arguments.make.json, commands::merge::run(arguments)),
         Command::Unmerge(arguments) => (arguments.make.json, commands::unmerge::run(arguments)),
         Command::Switch(arguments) => (arguments.make.json, commands::switch::run(arguments)),
         Command::Verify(arguments) => (arguments.json, commands::verify::run(arguments)),
         Command::Inspect(arguments) => (arguments.json, commands::inspect::run(arguments)),
+        Command::Spectrum(arguments) => (arguments.output.json, commands::spectrum::run(arguments)),
+        Command::Compare(arguments) => (arguments.output.json, commands::compare::run(arguments)),
         Command::Convert(arguments) => (arguments.json, commands::convert::run(arguments)),
+        Command::Resize(arguments) => (arguments.json, commands::resize::run(arguments)),
         Command::Stamp(arguments) => (arguments.json, commands::stamp::run(arguments)),
     };
     match result {
         Ok(Outcome::Done) => ExitCode::SUCCESS,
         Ok(Outcome::Finding) => ExitCode::from(1),
         Err(Failure::Interrupted) => {
-            printer::talk("interrupted; nothing was left behind");
+            printer::talk("interrupted; no output was written");
             ExitCode::from(130)
         }
         // Whoever read our output has had enough of it.

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use lora_format::{Dtype, Shape};
 
 use crate::names::numberless;
+use crate::pair::PairProblem;
 use crate::quantised::QuantisedProblem;
 
 /// The result of this crate's operations.
@@ -173,9 +174,28 @@ pub enum Error {
         /// Elements that it has.
         elements: u64,
     },
+    /// Two checkpoints cannot be compared.
+    #[error("{} and {}: {problem}", base.display(), tuned.display())]
+    Pair {
+        /// The base model.
+        base: PathBuf,
+        /// The fine-tuned one.
+        tuned: PathBuf,
+        /// Why.
+        problem: Box<PairProblem>,
+    },
     /// The user interrupted the merge.
     #[error("interrupted")]
     Interrupted,
+    /// An extraction cannot be done.
+    #[error(transparent)]
+    Extract(#[from] crate::extract::ExtractError),
+    /// Threads could not be started.
+    #[error("threads could not be started: {source}")]
+    Threads {
+        /// What the system said.
+        source: rayon::ThreadPoolBuildError,
+    },
 }
 
 /// One reason why an adapter does not fit a base.

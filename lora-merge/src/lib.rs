@@ -12,11 +12,15 @@
 //! the adapter has its parameter in the base, shapes fit, the base is the right one. The numerics
 //! contract is stated in [`kernels`].
 
+pub mod analysis;
 pub mod assets;
+pub mod budget;
 mod copies;
 pub mod engine;
 mod error;
 pub mod experts;
+pub mod extract;
+pub mod factored;
 mod fit;
 pub mod identity;
 pub mod kernels;
@@ -24,16 +28,23 @@ pub mod layout;
 mod loralib;
 pub mod low_rank;
 pub mod names;
+pub mod noise;
 mod numbers;
 mod operator;
 pub mod orientation;
 pub mod output;
+pub mod pair;
 pub mod parameters;
 mod place;
 pub mod plan;
 pub mod quantised;
+pub mod rank;
 pub mod report;
+pub mod resize;
 pub mod resolve;
+pub mod similarity;
+pub mod spectrum;
+pub mod svd;
 pub mod tied;
 pub mod verify;
 

@@ -1,9 +1,17 @@
 //! One file per subcommand: its arguments, its work, its report.
 
+mod adapter_output;
+mod analysing;
+pub(crate) mod compare;
 pub(crate) mod convert;
+pub(crate) mod extract;
+mod figures;
 pub(crate) mod inspect;
 mod making;
 pub(crate) mod merge;
+mod rank_arguments;
+pub(crate) mod resize;
+pub(crate) mod spectrum;
 pub(crate) mod stamp;
 pub(crate) mod switch;
 pub(crate) mod unmerge;

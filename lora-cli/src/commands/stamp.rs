@@ -83,7 +83,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
     }
     refuse_damaged(&adapter)?;
     // What the output cannot hold need not be looked for in the base.
-    adapter.plain_low_rank(native::FORMAT)?;
+    native::check(&adapter)?;
     let fingerprint = lora_merge::identity::stamp(&adapter, &base)?;
     if let (Some(recorded), false) = (&adapter.base.fingerprint, arguments.replace_fingerprint) {
         refuse_another_base(arguments, recorded, &fingerprint)?;

@@ -136,6 +136,11 @@ impl Progress {
         self.done.load(Ordering::Relaxed)
     }
 
+    /// Counts work that is done, in whatever unit its total is in.
+    pub(crate) fn add(&self, amount: u64) {
+        self.done.fetch_add(amount, Ordering::Relaxed);
+    }
+
     /// Asks the merge to stop; it returns [`Error::Interrupted`] after the tiles in flight.
     pub fn cancel(&self) {
         self.cancelled.store(true, Ordering::Relaxed);

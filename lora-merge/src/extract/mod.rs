@@ -1,0 +1,837 @@
+//! An adapter from a base and its full fine-tune: the best one of each rank, with a certificate.
+//!
+//! ```text
+//! Pairing ─▶ measure every pair ─▶ which are factored, stored whole, left out
+//!                                     │
+//!                 svd::decompose ΔW ◀─┘    rank policy or budget
+//!                        │
+//!                        ▼
+//!        B = U·diag(σ)^½, A = diag(σ)^½·Vᵀ, rounded ─▶ residual of what is stored, in f64
+//! ```
+//!
+//! ΔW is read from the mapped files as often as the iteration needs it and never held: memory is
+//! the vectors of the matrices in work ([`Extraction::memory_bound`]) and the adapter itself. What
+//! low rank cannot hold (norms, biases, tables) is measured and listed, or stored whole if asked.
+
+mod work;
+
+use std::collections::BTreeMap;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use lora_format::fingerprint::BaseIdentity;
+use lora_format::model::{Component, Form, Layer, LowRank, Scaling, ScalingRule, Target};
+use lora_format::pattern::PatternTable;
+use lora_format::{Adapter, Dtype, Tensor, map_all, vocabulary};
+use ndarray::{Array2, ArrayView2, s};
+use serde_json::{Map, Value};
+
+pub use work::WorkDirectory;
+
+use crate::budget::{self, Candidate};
+use crate::engine::Progress;
+use crate::error::{Error, Result};
+use crate::noise::{self, NoiseEstimate, Storage};
+use crate::numbers::float_type;
+use crate::pair::{Change, Kind, Mapped, Pair, Pairing, Tie, measure, profiles};
+use crate::rank::{Bound, Choice, RankError, RankLimits, RankPolicy, Ruling, choose};
+use crate::resize::Ranks;
+use crate::spectrum::{Reached, Spectrum};
+use crate::svd::{Decomposition, Goal, SvdOptions, decompose, residual};
+
+/// What is extracted, and how.
+#[derive(Debug)]
+pub struct ExtractOptions {
+    /// How ranks are chosen.
+    pub ranks: Ranks,
+    /// Whether tolerances and gains are relative to ‖W0‖_F instead of ‖ΔW‖_F.
+    pub relative: bool,
+    /// The dtype of the factors.
+    pub dtype: Dtype,
+    /// What is stored whole: `norms`, `biases`, `embeddings` (tables and heads) or patterns.
+    pub full: Vec<String>,
+    /// Patterns of tables and heads that get factors as linear layers do.
+    pub include: Vec<String>,
+    /// How decompositions are made.
+    pub svd: SvdOptions,
+    /// Threads; 0 for one per core.
+    pub threads: usize,
+}
+
+/// An extraction cannot be done.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ExtractError {
+    /// A parameter holds NaN or infinities.
+    #[error(
+        "`{name}`: {count} values are NaN, infinite or too far apart, the first at element {first}"
+    )]
+    NonFinite {
+        /// The parameter.
+        name: String,
+        /// How many.
+        count: u64,
+        /// The index of the first.
+        first: u64,
+    },
+    /// A factor does not fit the dtype.
+    #[error("`{name}`: a factor holds values beyond the range of {dtype}")]
+    Overflow {
+        /// The parameter.
+        name: String,
+        /// The dtype.
+        dtype: Dtype,
+    },
+    /// Patterns that matched nothing.
+    #[error("nothing that changed matches {}", patterns.join(", "))]
+    Unmatched {
+        /// The patterns, with the options that they were given to.
+        patterns: Vec<String>,
+    },
+    /// The models do not differ in anything that was asked for.
+    #[error("nothing to extract: {reason}")]
+    Nothing {
+        /// Why.
+        reason: String,
+    },
+    /// A parameter that was to be stored whole is not stored plainly in the fine-tuned model.
+    #[error("`{name}` cannot be stored whole: the fine-tuned model has it quantised")]
+    Quantised {
+        /// The parameter.
+        name: String,
+    },
+    /// Ranks.
+    #[error(transparent)]
+    Rank(#[from] RankError),
+    /// A budget.
+    #[error(transparent)]
+    Budget(#[from] budget::BudgetError),
+    /// A decomposition.
+    #[error(transparent)]
+    NotConverged(#[from] crate::svd::dense::NotConverged),
+    /// Work that was kept of an interrupted extraction is of another one.
+    #[error("{}: it holds the work of another extraction: {difference}", directory.display())]
+    OtherWork {
+        /// The directory.
+        directory: std::path::PathBuf,
+        /// What differs.
+        difference: String,
+    },
+}
+
+/// What was extracted.
+#[derive(Clone, Debug, Default)]
+pub struct ExtractReport {
+    /// Parameters that got factors, sorted by name.
+    pub targets: Vec<Extracted>,
+    /// Parameters that are stored whole, with their changes.
+    pub whole: Vec<(String, Kind, Option<Change>)>,
+    /// Parameters that changed and are not in the adapter.
+    pub left_out: Vec<LeftOut>,
+    /// How many parameters did not change.
+    pub unchanged: usize,
+    /// Bytes of a budget that were there, that are spent, and that no allotment gains more than.
+    pub budget: Option<(u64, u64, f64)>,
+    /// Targets that a budget might have given more than was computed of them.
+    pub capped: Vec<String>,
+    /// What the user should know.
+    pub notes: Vec<String>,
+}
+
+/// A parameter's factors.
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
+pub struct Extracted {
+    /// The base's name of it.
+    pub name: String,
+    /// Rows of ΔW.
+    pub rows: usize,
+    /// Columns of ΔW.
+    pub cols: usize,
+    /// The rank.
+    pub rank: usize,
+    /// What decided the rank.
+    pub bound: String,
+    /// ‖ΔW‖²_F.
+    pub energy: f64,
+    /// ‖W0‖²_F.
+    pub base_energy: f64,
+    /// ‖ΔW − B·A‖²_F of the stored factors, over all elements, in f64.
+    pub residual: f64,
+    /// A bound from below on the same of the best factors of this rank.
+    pub optimum: f64,
+    /// Whether the bound is exact; else it rests on an estimate.
+    pub exact: bool,
+    /// The leading singular values.
+    pub values: Vec<f64>,
+    /// Products with ΔW that it took.
+    pub products: usize,
+    /// The noise estimate of `--rank auto`: level, threshold, basis, whether there is a gap.
+    pub noise: Option<(f64, f64, String, bool)>,
+}
+
+/// A parameter that changed and is not in the adapter.
+#[derive(Clone, Debug)]
+pub struct LeftOut {
+    /// The base's name of it.
+    pub name: String,
+    /// What it is.
+    pub kind: Kind,
+    /// How it changed.
+    pub change: Change,
+    /// Why it is not in the adapter.
+    pub reason: &'static str,
+}
+
+impl Extracted {
+    /// ‖ΔW − B·A‖_F / ‖ΔW‖_F.
+    #[must_use]
+    pub fn relative(&self) -> f64 {
+        if self.energy > 0.0 { (self.residual / self.energy).sqrt() } else { 0.0 }
+    }
+
+    /// By what share the error may exceed the best one's; `None` where the best one's may be zero.
+    #[must_use]
+    pub fn excess(&self) -> Option<f64> {
+        (self.optimum > 0.0).then(|| ((self.residual / self.optimum).sqrt() - 1.0).max(0.0))
+    }
+
+    /// How much further than the best error it is at most, as a share of ‖ΔW‖_F.
+    #[must_use]
+    pub fn gap(&self) -> f64 {
+        let gap = (self.residual.sqrt() - self.optimum.sqrt()).max(0.0);
+        if self.energy > 0.0 { gap / self.energy.sqrt() } else { 0.0 }
+    }
+}
+
+/// What is to be done with one pair.
+enum Fate {
+    Unchanged,
+    Factors(Choosing),
+    Whole,
+    LeftOut(&'static str),
+}
+
+#[derive(Clone, Copy)]
+enum Choosing {
+    Policy(RankPolicy, RankLimits),
+    Budget { most: usize },
+}
+
+/// An extraction that is planned: every pair measured, every pattern matched.
+pub struct Extraction<'a> {
+    pairing: &'a Pairing,
+    mapped: &'a Mapped<'a>,
+    options: &'a ExtractOptions,
+    changes: Vec<Change>,
+    fates: Vec<Fate>,
+    /// Parameters of the fine-tuned model alone that are stored whole.
+    new_whole: Vec<String>,
+    pool: rayon::ThreadPool,
+}
+
+/// What one target costs to read once, against decomposing it: for progress.
+const DECOMPOSING: u64 = 8;
+
+impl<'a> Extraction<'a> {
+    /// The work in elements, as [`Progress`] counts it.
+    #[must_use]
+    pub fn total(pairing: &Pairing) -> u64 {
+        pairing.pairs.iter().map(|pair| pair.elements() * (1 + DECOMPOSING)).sum()
+    }
+
+    /// Measures every pair and decides what becomes of it.
+    ///
+    /// # Errors
+    /// [`Error::Extract`], [`Error::Interrupted`].
+    pub fn plan(
+        mapped: &'a Mapped<'a>,
+        options: &'a mut ExtractOptions,
+        progress: &Progress,
+    ) -> Result<Extraction<'a>> {
+        let pairing = mapped.pairing();
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(options.threads)
+            .build()
+            .map_err(|source| Error::Threads { source })?;
+        let mut changes = Vec::with_capacity(pairing.pairs.len());
+        for (index, pair) in pairing.pairs.iter().enumerate() {
+            if progress.is_cancelled() {
+                return Err(Error::Interrupted);
+            }
+            let change = pool.install(|| measure(&mapped.delta(index)));
+            if let Some(first) = change.first_non_finite {
+                let (name, count) = (pair.name.clone(), change.non_finite);
+                return Err(ExtractError::NonFinite { name, count, first: first.element }.into());
+            }
+            progress.add(pair.elements());
+            changes.push(change);
+        }
+        let (fates, new_whole) = decide(pairing, &changes, options)?;
+        Ok(Extraction { pairing, mapped, options, changes, fates, new_whole, pool })
+    }
+
+    /// A bound on what the decompositions hold at one time, in bytes: vectors and partial sums, not
+    /// the mapped files nor the factors that are done.
+    #[must_use]
+    pub fn memory_bound(&self) -> u64 {
+        let mut each: Vec<u64> = self
+            .targets()
+            .map(|(index, _)| {
+                let (rows, cols) = self.pairing.pairs[index].matrix();
+                let basis = (rows.min(cols) * 3 / 8) as u64;
+                (rows + cols) as u64 * basis * 4 + (64 << 20)
+            })
+            .collect();
+        each.sort_unstable_by(|a, b| b.cmp(a));
+        each.iter().take(self.pool.current_num_threads()).sum()
+    }
+
+    fn targets(&self) -> impl Iterator<Item = (usize, Choosing)> {
+        self.fates.iter().enumerate().filter_map(|(index, fate)| match fate {
+            Fate::Factors(choosing) => Some((index, *choosing)),
+            _ => None,
+        })
+    }
+
+    /// Decomposes, chooses ranks, rounds, certifies, and puts the adapter together. Finished targets
+    /// are kept in `work`, and those that it holds already are not made again.
+    ///
+    /// # Errors
+    /// [`Error::Extract`], [`Error::Format`], [`Error::Interrupted`].
+    pub fn run(
+        &self,
+        work: &WorkDirectory,
+        progress: &Progress,
+    ) -> Result<(Adapter, ExtractReport)> {
+        let mut report = ExtractReport::default();
+        let targets: Vec<(usize, Choosing)> = self.targets().collect();
+        let budget = match self.options.ranks {
+            Ranks::Budget { bytes, limits } => Some((bytes, limits)),
+            Ranks::PerTensor(_) => None,
+        };
+        let made = if let Some((bytes, limits)) = budget {
+            self.run_budget(&targets, bytes, limits, work, progress, &mut report)?
+        } else {
+            self.in_parallel(&targets, progress, |index, choosing| {
+                if let Some(done) = work.take(index)? {
+                    return Ok(done);
+                }
+                let (found, choice, noise) = self.decompose(index, choosing)?;
+                let part = self.finish(index, &found, choice, noise)?;
+                work.keep(index, &part)?;
+                Ok(part)
+            })?
+        };
+        let mut components = Vec::new();
+        for (&(index, _), (extracted, a, b)) in targets.iter().zip(made) {
+            if extracted.rank > 0 {
+                components.push(self.component(&self.pairing.pairs[index], extracted.rank, a, b));
+                report.targets.push(extracted);
+            } else {
+                report.left_out.push(LeftOut {
+                    name: extracted.name,
+                    kind: self.pairing.pairs[index].kind,
+                    change: self.changes[index],
+                    reason: "its rank was chosen to be 0",
+                });
+            }
+        }
+        self.store_whole(&mut components, &mut report)?;
+        for (index, fate) in self.fates.iter().enumerate() {
+            let pair = &self.pairing.pairs[index];
+            match fate {
+                Fate::Unchanged => report.unchanged += 1,
+                Fate::LeftOut(reason) => report.left_out.push(LeftOut {
+                    name: pair.name.clone(),
+                    kind: pair.kind,
+                    change: self.changes[index],
+                    reason,
+                }),
+                Fate::Factors(_) | Fate::Whole => {}
+            }
+        }
+        report.unchanged += self.pairing.identical.len();
+        if components.is_empty() {
+            let reason = match report.left_out.len() {
+                0 => "no parameter that both models have differs".to_owned(),
+                count => format!("{count} parameters changed, and none of them was asked for"),
+            };
+            return Err(ExtractError::Nothing { reason }.into());
+        }
+        let base = &self.pairing.base;
+        let name = base
+            .config()
+            .and_then(|config| config.get("_name_or_path"))
+            .and_then(Value::as_str)
+            .filter(|name| !name.is_empty())
+            .map_or_else(|| base.path().display().to_string(), str::to_owned);
+        let identity = BaseIdentity { name: Some(name), ..BaseIdentity::default() };
+        let mut adapter = Adapter::new(self.pairing.tuned.path(), components, identity);
+        if self.targets().any(|(index, _)| self.pairing.pairs[index].transposed) {
+            adapter.fan_in_fan_out = Some(true);
+        }
+        Ok((adapter, report))
+    }
+
+    /// All targets decomposed as far as the budget could reach, ranks allotted, then finished.
+    fn run_budget(
+        &self,
+        targets: &[(usize, Choosing)],
+        bytes: u64,
+        limits: RankLimits,
+        work: &WorkDirectory,
+        progress: &Progress,
+        report: &mut ExtractReport,
+    ) -> Result<Vec<Part>> {
+        let found = self.in_parallel(targets, progress, |index, choosing| {
+            self.decompose(index, choosing).map(|(found, ..)| found)
+        })?;
+        let size = element_bytes(self.options.dtype);
+        let gains: Vec<Vec<f64>> = targets
+            .iter()
+            .zip(&found)
+            .map(|(&(index, _), found)| {
+                let mut gains = found.spectrum.gains();
+                gains.truncate(found.rank());
+                let reference = self.changes[index].base_energy;
+                if self.options.relative && reference > 0.0 {
+                    gains.iter_mut().for_each(|gain| *gain /= reference);
+                }
+                gains
+            })
+            .collect();
+        let candidates: Vec<Candidate<'_>> = targets
+            .iter()
+            .zip(&gains)
+            .map(|(&(index, _), gains)| {
+                let pair = &self.pairing.pairs[index];
+                let (rows, cols) = pair.matrix();
+                let maximum = rows.min(cols).min(limits.maximum.unwrap_or(usize::MAX));
+                Candidate {
+                    name: &pair.name,
+                    gains,
+                    bytes_per_rank: (rows + cols) as u64 * size,
+                    minimum: limits.minimum.min(maximum),
+                    maximum,
+                }
+            })
+            .collect();
+        let allotment = budget::allot(&candidates, bytes).map_err(ExtractError::from)?;
+        report.budget = Some((bytes, allotment.bytes, allotment.short_of_best));
+        let name = |&index: &usize| candidates[index].name.to_owned();
+        report.capped = allotment.capped.iter().map(name).collect();
+        let mut parts = Vec::with_capacity(targets.len());
+        for ((&(index, _), found), &rank) in targets.iter().zip(&found).zip(&allotment.ranks) {
+            if progress.is_cancelled() {
+                return Err(Error::Interrupted);
+            }
+            let choice = Choice { rank: rank.min(found.rank()), bound: Bound::Policy };
+            let part = self.pool.install(|| self.finish(index, found, choice, None))?;
+            work.keep(index, &part)?;
+            parts.push(part);
+        }
+        Ok(parts)
+    }
+
+    /// Does something for every target, the largest first, as many at a time as there are threads;
+    /// the results are in the targets' order.
+    fn in_parallel<T: Send>(
+        &self,
+        targets: &[(usize, Choosing)],
+        progress: &Progress,
+        make: impl Fn(usize, Choosing) -> Result<T> + Sync,
+    ) -> Result<Vec<T>> {
+        let mut order: Vec<usize> = (0..targets.len()).collect();
+        let size = |at: usize| self.pairing.pairs[targets[at].0].elements();
+        order.sort_by_key(|&at| std::cmp::Reverse(size(at)));
+        let next = AtomicUsize::new(0);
+        let slots: Vec<Mutex<Option<Result<T>>>> =
+            targets.iter().map(|_| Mutex::new(None)).collect();
+        // Each of these waits for one matrix at a time: so many are in work at once, and the pool's
+        // threads are shared by what can be done side by side within them.
+        std::thread::scope(|scope| {
+            for _ in 0..self.pool.current_num_threads().min(targets.len()) {
+                scope.spawn(|| {
+                    while let Some(&at) = order.get(next.fetch_add(1, Ordering::Relaxed)) {
+                        if progress.is_cancelled() {
+                            break;
+                        }
+                        let (index, choosing) = targets[at];
+                        let made = self.pool.install(|| make(index, choosing));
+                        let rows = self.pairing.pairs[index].matrix().0;
+                        self.mapped.delta(index).release(0..rows);
+                        progress.add(size(at) * DECOMPOSING);
+                        let failed = made.is_err();
+                        if let Ok(mut slot) = slots[at].lock() {
+                            *slot = Some(made);
+                        }
+                        if failed {
+                            next.store(order.len(), Ordering::Relaxed);
+                        }
+                    }
+                });
+            }
+        });
+        let made: Vec<Option<Result<T>>> =
+            slots.into_iter().map(|slot| slot.into_inner().unwrap_or(None)).collect();
+        // A failure stopped the others: it is what there is to say.
+        if let Some(at) = made.iter().position(|one| matches!(one, Some(Err(_)))) {
+            return made
+                .into_iter()
+                .nth(at)
+                .flatten()
+                .map_or(Err(Error::Interrupted), |one| one.map(|_| Vec::new()));
+        }
+        made.into_iter().map(|one| one.unwrap_or(Err(Error::Interrupted))).collect()
+    }
+
+    fn decompose(
+        &self,
+        index: usize,
+        choosing: Choosing,
+    ) -> Result<(Decomposition, Choice, Option<NoiseEstimate>)> {
+        let delta = self.mapped.delta(index);
+        let change = &self.changes[index];
+        let (rows, cols) = delta.shape();
+        let reference = if self.options.relative { change.base_energy } else { change.energy };
+        let svd = &self.options.svd;
+        let (policy, limits) = match choosing {
+            Choosing::Policy(policy, limits) => (policy, limits),
+            Choosing::Budget { most } => {
+                let found =
+                    decompose(&delta, change.energy, Goal::Rank(most.min(rows.min(cols))), svd)
+                        .map_err(ExtractError::from)?;
+                let choice = Choice { rank: found.rank(), bound: Bound::Policy };
+                return Ok((found, choice, None));
+            }
+        };
+        let profiles = (policy == RankPolicy::Auto)
+            .then(|| profiles(&delta))
+            .map(|(energies, variances)| (energies, Storage::of(&variances)));
+        let noise = |found: &Decomposition| {
+            let (energies, storage) = profiles.as_ref()?;
+            let (left, right) = (found.left.mapv(f64::from), found.right.t().mapv(f64::from));
+            let rule = noise::Rule::default();
+            let (left, right) = (left.view(), right.view());
+            Some(noise::estimate_uneven(&found.spectrum, *storage, rule, energies, left, right))
+        };
+        let chosen = |found: &Decomposition| {
+            choose(policy, &found.spectrum, noise(found).as_ref(), reference.sqrt(), limits)
+        };
+        let most = limits.maximum.unwrap_or(usize::MAX).min(rows.min(cols));
+        let wanted = |found: &Decomposition| {
+            let choice = chosen(found);
+            if choice.bound.is_final() {
+                Reached::At(choice.rank)
+            } else {
+                Reached::Beyond(choice.rank)
+            }
+        };
+        let vectors = policy == RankPolicy::Auto;
+        let goal = match policy {
+            RankPolicy::Rank(rank) => {
+                Goal::Rank(rank.max(limits.minimum).min(most).max(1).min(rows.min(cols)))
+            }
+            _ => Goal::Until { wanted: &wanted, vectors, maximum: most },
+        };
+        let found = decompose(&delta, change.energy, goal, svd).map_err(ExtractError::from)?;
+        let mut choice = chosen(&found);
+        choice.rank = choice.rank.min(found.rank());
+        let noise = noise(&found);
+        Ok((found, choice, noise))
+    }
+
+    /// Factors as they are stored, and their certificate.
+    fn finish(
+        &self,
+        index: usize,
+        found: &Decomposition,
+        choice: Choice,
+        noise: Option<NoiseEstimate>,
+    ) -> Result<Part> {
+        let pair = &self.pairing.pairs[index];
+        let change = &self.changes[index];
+        let delta = self.mapped.delta(index);
+        let (rows, cols) = delta.shape();
+        let rank = choice.rank;
+        let roots: Vec<f32> =
+            found.spectrum.values.iter().take(rank).map(|value| value.sqrt() as f32).collect();
+        let scale = ndarray::Array1::from(roots);
+        let left = &found.left.slice(s![.., ..rank]) * &scale;
+        let right = &found.right.slice(s![..rank, ..]) * &scale.insert_axis(ndarray::Axis(1));
+        let left = self.rounded(&pair.name, left)?;
+        let right = self.rounded(&pair.name, right)?;
+        let isa = self.options.svd.isa;
+        let residual = residual(&delta, change.energy, left.view(), right.view(), isa);
+        let extracted = Extracted {
+            name: pair.name.clone(),
+            rows,
+            cols,
+            rank,
+            bound: format!("{:?}", choice.bound).to_lowercase(),
+            energy: change.energy,
+            base_energy: change.base_energy,
+            residual,
+            optimum: found.optimum.get(rank).copied().unwrap_or(0.0),
+            exact: found.exact,
+            values: found.spectrum.values.clone(),
+            products: found.products,
+            noise: noise.map(|noise| {
+                let clear = noise.is_clear();
+                (noise.level, noise.threshold, format!("{:?}", noise.basis).to_lowercase(), clear)
+            }),
+        };
+        let (a, b) = self.factors(pair, left.view(), right.view());
+        Ok((extracted, a, b))
+    }
+
+    /// Values as the dtype will have them.
+    fn rounded(&self, name: &str, factor: Array2<f32>) -> Result<Array2<f32>> {
+        let dtype = self.options.dtype;
+        let Some(float) = float_type(dtype) else { return Ok(factor) };
+        let rounded = factor.mapv(|x| float.decode(float.encode(f64::from(x))));
+        if rounded.iter().all(|x| x.is_finite()) {
+            Ok(rounded)
+        } else {
+            Err(ExtractError::Overflow { name: name.to_owned(), dtype }.into())
+        }
+    }
+
+    /// A and B of a parameter from the factors of its stored matrix.
+    fn factors(
+        &self,
+        pair: &Pair,
+        left: ArrayView2<'_, f32>,
+        right: ArrayView2<'_, f32>,
+    ) -> (Tensor, Tensor) {
+        let (rank, dtype) = (left.ncols(), self.options.dtype);
+        // Stored as (in, out), or as rows of a table: then the left factor is A's.
+        let swapped = pair.transposed || pair.kind == Kind::Embedding;
+        let (a, b) = if swapped { (left.t(), right.t()) } else { (right, left) };
+        let bytes = |factor: ArrayView2<'_, f32>| -> Vec<u8> {
+            let float = float_type(dtype).unwrap_or(crate::kernels::FloatType::F32);
+            let bits = factor.iter().map(|&x| float.encode(f64::from(x)).to_le_bytes());
+            bits.flat_map(|bits| bits.into_iter().take(float.size())).collect()
+        };
+        let (a_bytes, b_bytes) = (bytes(a), bytes(b));
+        let (mut a_shape, mut b_shape) = (vec![rank, a.ncols()], vec![b.nrows(), rank]);
+        if pair.kind == Kind::Convolution {
+            a_shape = [&[rank], &pair.shape[1..]].concat();
+            b_shape.extend(std::iter::repeat_n(1, pair.shape.len() - 2));
+        }
+        let tensor = |name: &str, shape: Vec<usize>, bytes: Vec<u8>| {
+            let Some(tensor) = Tensor::new(name.to_owned(), dtype, shape, bytes) else {
+                unreachable!("as many bytes as the shape says")
+            };
+            tensor
+        };
+        (tensor("a", a_shape, a_bytes), tensor("b", b_shape, b_bytes))
+    }
+
+    fn component(&self, pair: &Pair, rank: usize, a: Tensor, b: Tensor) -> Component {
+        let layer = match pair.kind {
+            Kind::Convolution => Layer::Convolution,
+            Kind::Embedding => Layer::Embedding,
+            _ => Layer::Linear,
+        };
+        let scaling = Scaling { alpha: rank as f64, rule: ScalingRule::AlphaOverRank };
+        let form = LowRank { layer, ..LowRank::linear(a, b, scaling) };
+        Component { target: target(&pair.name), form: Form::LowRank(form) }
+    }
+
+    /// The head that a stored table is tied to in both models, by the name that the base has or
+    /// would have for it.
+    fn tied_head(&self, table: &str) -> Option<String> {
+        let pair = self.pairing.pairs.iter().find(|pair| pair.name == table)?;
+        if pair.tie != Tie::Both {
+            return None;
+        }
+        let mut stored = self.pairing.base_parameters().all().iter();
+        let head = stored.find(|parameter| vocabulary::is_output_head(&parameter.name));
+        head.map(|head| head.name.clone()).or_else(|| vocabulary::head_of(table))
+    }
+
+    /// Parameters that are stored whole, as they lie in the fine-tuned model's files.
+    fn store_whole(
+        &self,
+        components: &mut Vec<Component>,
+        report: &mut ExtractReport,
+    ) -> Result<()> {
+        let mut wanted: BTreeMap<&str, (String, Kind, Option<Change>)> = BTreeMap::new();
+        for (index, fate) in self.fates.iter().enumerate() {
+            if matches!(fate, Fate::Whole) {
+                let pair = &self.pairing.pairs[index];
+                let entry = (pair.name.clone(), pair.kind, Some(self.changes[index]));
+                wanted.insert(&pair.tuned_name, entry);
+            }
+        }
+        for name in &self.new_whole {
+            wanted.insert(name, (name.clone(), Kind::Other, None));
+        }
+        if wanted.is_empty() {
+            return Ok(());
+        }
+        for shard in self.pairing.tuned.shards() {
+            for tensor in map_all(&shard.file)? {
+                if let Some((name, kind, change)) = wanted.remove(tensor.name.as_str()) {
+                    // A table that is tied to the head replaces both: no merge has to ask which
+                    // of them is meant.
+                    if let Some(head) = self.tied_head(&name) {
+                        let form = Form::Replaced(tensor.clone());
+                        components.push(Component { target: target(&head), form });
+                        report
+                            .notes
+                            .push(format!("`{name}` is tied to `{head}`: it is stored as both"));
+                    }
+                    components
+                        .push(Component { target: target(&name), form: Form::Replaced(tensor) });
+                    report.whole.push((name, kind, change));
+                }
+            }
+        }
+        match wanted.into_values().next() {
+            Some((name, ..)) => Err(ExtractError::Quantised { name }.into()),
+            None => Ok(()),
+        }
+    }
+}
+
+/// A finished target: its report, A and B.
+type Part = (Extracted, Tensor, Tensor);
+
+fn target(name: &str) -> Target {
+    let (module, parameter) = name.rsplit_once('.').unwrap_or(("", name));
+    Target { module: module.to_owned(), parameter: parameter.to_owned() }
+}
+
+/// The names of kinds that `--full` takes.
+const FULL_NORMS: &str = "norms";
+const FULL_BIASES: &str = "biases";
+const FULL_EMBEDDINGS: &str = "embeddings";
+
+fn table(option: &'static str, patterns: &[String]) -> Result<PatternTable> {
+    let map: Map<String, Value> =
+        patterns.iter().map(|pattern| (pattern.clone(), Value::from(0))).collect();
+    let path = std::path::Path::new("command line");
+    Ok(PatternTable::compile(path, option, Some(&Value::Object(map)))?)
+}
+
+fn matches(table: &mut PatternTable, name: &str) -> Result<bool> {
+    let module = name.rsplit_once('.').map_or(name, |(module, _)| module);
+    Ok(table.lookup(name)?.is_some() || table.lookup(module)?.is_some())
+}
+
+fn decide(
+    pairing: &Pairing,
+    changes: &[Change],
+    options: &mut ExtractOptions,
+) -> Result<(Vec<Fate>, Vec<String>)> {
+    let kinds = [FULL_NORMS, FULL_BIASES, FULL_EMBEDDINGS];
+    let is_kind = |name: &&String| kinds.contains(&name.as_str());
+    let of_kinds: Vec<&String> = options.full.iter().filter(is_kind).collect();
+    let patterns: Vec<String> =
+        options.full.iter().filter(|name| !is_kind(name)).cloned().collect();
+    let (mut full, mut include) =
+        (table("--full", &patterns)?, table("--include", &options.include)?);
+    let asked = |kind: &str| of_kinds.iter().any(|name| *name == kind);
+    let uniform = uniform_rank(pairing, changes, options);
+    let mut fates = Vec::with_capacity(changes.len());
+    for (pair, change) in pairing.pairs.iter().zip(changes) {
+        let grown = pair.rows_added() + pair.rows_removed() > 0;
+        if change.is_unchanged() && !grown {
+            fates.push(Fate::Unchanged);
+            continue;
+        }
+        let whole = match pair.kind {
+            Kind::Norm => asked(FULL_NORMS),
+            Kind::Bias => asked(FULL_BIASES),
+            Kind::Embedding | Kind::Head => asked(FULL_EMBEDDINGS),
+            _ => false,
+        };
+        if matches(&mut full, &pair.name)? || whole {
+            fates.push(Fate::Whole);
+            continue;
+        }
+        let included = matches(&mut include, &pair.name)?;
+        fates.push(match pair.kind {
+            _ if change.is_unchanged() => {
+                Fate::LeftOut("its rows differ in number, its values do not")
+            }
+            Kind::Linear | Kind::Convolution if pair.orientation_doubt.is_some() => {
+                Fate::LeftOut("it is not clear whether it is stored as (in, out)")
+            }
+            Kind::Linear | Kind::Convolution => choosing(&mut options.ranks, &pair.name, uniform)?,
+            Kind::Embedding | Kind::Head if included && !grown => {
+                choosing(&mut options.ranks, &pair.name, uniform)?
+            }
+            Kind::Embedding | Kind::Head if grown => Fate::LeftOut("its rows differ in number"),
+            Kind::Embedding | Kind::Head => Fate::LeftOut("tables and heads were not asked for"),
+            Kind::Stack => Fate::LeftOut("factors of fused experts are not made"),
+            Kind::Norm | Kind::Bias | Kind::Other => Fate::LeftOut("it is no matrix"),
+        });
+    }
+    let mut new_whole = Vec::new();
+    for name in &pairing.only_tuned {
+        if matches(&mut full, name)? {
+            new_whole.push(name.clone());
+        }
+    }
+    let dead = |table: &PatternTable, option: &str| -> Vec<String> {
+        table.dead_keys().map(|key| format!("{option} {key}")).collect()
+    };
+    let mut unmatched = [dead(&full, "--full"), dead(&include, "--include")].concat();
+    if let Ranks::PerTensor(rules) = &options.ranks {
+        unmatched.extend(rules.unmatched().map(|key| format!("--rank-for {key}")));
+    }
+    if !unmatched.is_empty() {
+        return Err(ExtractError::Unmatched { patterns: unmatched }.into());
+    }
+    Ok((fates, new_whole))
+}
+
+/// How the rank of a parameter is chosen.
+fn choosing(ranks: &mut Ranks, name: &str, uniform: usize) -> Result<Fate> {
+    let rules = match ranks {
+        Ranks::PerTensor(rules) => rules,
+        Ranks::Budget { .. } => return Ok(Fate::Factors(Choosing::Budget { most: uniform })),
+    };
+    let module = name.rsplit_once('.').map_or(name, |(module, _)| module);
+    Ok(match rules.of(module).map_err(ExtractError::from)? {
+        Ruling::Skip => Fate::LeftOut("a rule skips it"),
+        Ruling::Choose(policy, limits) => Fate::Factors(Choosing::Policy(policy, limits)),
+    })
+}
+
+/// Bytes of an element of a factor.
+fn element_bytes(dtype: Dtype) -> u64 {
+    float_type(dtype).map_or(4, |float| float.size() as u64)
+}
+
+/// The rank up to which a budget's targets are decomposed: four times what each would have if all
+/// had the same, at least 16.
+fn uniform_rank(pairing: &Pairing, changes: &[Change], options: &ExtractOptions) -> usize {
+    let Ranks::Budget { bytes, limits } = options.ranks else { return 0 };
+    let linear = |(pair, change): &(&Pair, &Change)| {
+        matches!(pair.kind, Kind::Linear | Kind::Convolution) && !change.is_unchanged()
+    };
+    let per_rank: u64 = (pairing.pairs.iter().zip(changes))
+        .filter(linear)
+        .map(|(pair, _)| {
+            let (rows, cols) = pair.matrix();
+            (rows + cols) as u64 * element_bytes(options.dtype)
+        })
+        .sum();
+    let each = bytes.checked_div(per_rank).unwrap_or(0);
+    let most = usize::try_from(each.saturating_mul(4)).unwrap_or(usize::MAX).max(16);
+    most.min(limits.maximum.unwrap_or(usize::MAX)).max(limits.minimum)
+}
+
+/// The spectrum of an extracted target, as far as it was computed.
+impl Extracted {
+    /// What is known of its singular values.
+    #[must_use]
+    pub fn spectrum(&self) -> Spectrum {
+        let Extracted { rows, cols, energy, ref values, .. } = *self;
+        Spectrum { rows, cols, energy, values: values.clone() }
+    }
+}
