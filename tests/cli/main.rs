@@ -7,6 +7,8 @@
 )]
 
 mod adapters;
+mod compare;
+mod extract;
 mod inspect;
 mod json;
 mod merge;
@@ -15,7 +17,9 @@ mod outputs;
 mod process;
 mod quantised;
 mod refusals;
+mod resize;
 mod several;
+mod spectrum;
 #[path = "../merge/support.rs"]
 mod support;
 mod tied;

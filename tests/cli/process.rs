@@ -150,7 +150,7 @@ fn an_interrupt_leaves_nothing() {
         let ran = Ran::of(&child.wait_with_output().unwrap());
         assert_eq!(ran.code, Some(130), "{base} {signal}: {}", ran.stderr);
         assert_eq!(ran.stdout, "");
-        assert!(ran.stderr.ends_with("interrupted; nothing was left behind\n"), "{}", ran.stderr);
+        assert!(ran.stderr.ends_with("interrupted; no output was written\n"), "{}", ran.stderr);
         assert_eq!(listing(scratch.root()), before, "{base} {signal}");
     }
 }

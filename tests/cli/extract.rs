@@ -1,0 +1,330 @@
+//! `extract`: adapters from a base and its full fine-tune, and what is said of them.
+
+use std::path::Path;
+
+use lora_format::Dtype;
+use serde_json::Value;
+
+use crate::support::{Prng, Tensor, read_tensors, write_tensors};
+use crate::{Ran, Scratch, peft, text};
+
+/// A base of two layers with norms, biases and an embedding, and a fine-tune of which the matrices
+/// changed by `rank` components, and everything else a little.
+struct Pair {
+    scratch: Scratch,
+}
+
+const ROWS: usize = 48;
+const COLS: usize = 40;
+
+impl Pair {
+    fn new(dtype: Dtype, rank: usize) -> Pair {
+        let scratch = Scratch::new();
+        let mut prng = Prng::new(11);
+        let (mut base, mut tuned) = (Vec::new(), Vec::new());
+        for layer in 0..2 {
+            for module in ["q_proj", "down_proj"] {
+                let name = format!("model.layers.{layer}.{module}.weight");
+                let before = Tensor::random(&mut prng, &name, dtype, &[ROWS, COLS], 0.5);
+                let b = prng.values(ROWS * rank, 0.3);
+                let a = prng.values(rank * COLS, 0.3);
+                let after: Vec<f64> = (0..ROWS * COLS)
+                    .map(|at| {
+                        let (row, col) = (at / COLS, at % COLS);
+                        let product =
+                            (0..rank).map(|k| b[row * rank + k] * a[k * COLS + col]).sum::<f64>();
+                        before.values()[at] + product
+                    })
+                    .collect();
+                tuned.push(Tensor::new(&name, dtype, &[ROWS, COLS], &after));
+                base.push(before);
+            }
+            for (name, shape) in
+                [("input_layernorm.weight", vec![COLS]), ("q_proj.bias", vec![ROWS])]
+            {
+                let name = format!("model.layers.{layer}.{name}");
+                let before = Tensor::random(&mut prng, &name, dtype, &shape, 0.5);
+                let after: Vec<f64> = before.values().iter().map(|value| value + 0.25).collect();
+                tuned.push(Tensor::new(&name, dtype, &shape, &after));
+                base.push(before);
+            }
+        }
+        for (name, change) in [("model.embed_tokens.weight", 0.125), ("model.fixed.weight", 0.0)] {
+            let before = Tensor::random(&mut prng, name, dtype, &[32, COLS], 0.5);
+            let after: Vec<f64> = before.values().iter().map(|value| value + change).collect();
+            tuned.push(Tensor::new(name, dtype, &[32, COLS], &after));
+            base.push(before);
+        }
+        let pair = Pair { scratch };
+        write_tensors(&pair.path("from.safetensors"), &base, &[]);
+        write_tensors(&pair.path("to.safetensors"), &tuned, &[]);
+        pair
+    }
+
+    fn path(&self, name: &str) -> std::path::PathBuf {
+        self.scratch.root().join(name)
+    }
+
+    fn extract(&self, arguments: &[&str]) -> Ran {
+        let first = ["extract", "from.safetensors", "to.safetensors"];
+        self.scratch.cli(&[&first[..], arguments].concat())
+    }
+
+    fn report(&self, arguments: &[&str]) -> Value {
+        let ran = self.extract(&[arguments, &["--json", "--force"]].concat());
+        assert_eq!(ran.code, Some(0), "{}", ran.stderr);
+        serde_json::from_str(&ran.stdout).unwrap()
+    }
+
+    /// The largest difference of the fine-tune and the base with the adapter merged into it.
+    fn difference(&self, adapter: &str, of: &[&str]) -> f64 {
+        let merged = ["merge", "from.safetensors", adapter, "-o", "merged.safetensors", "--force"];
+        let ran = self.scratch.cli(&merged);
+        assert_eq!(ran.code, Some(0), "{}", ran.stderr);
+        let merged = read_tensors(&self.path("merged.safetensors"));
+        let tuned = read_tensors(&self.path("to.safetensors"));
+        let mut largest = 0.0f64;
+        for (name, tensor) in &tuned {
+            if of.iter().any(|part| name.contains(part)) {
+                for (x, y) in tensor.values().iter().zip(merged[name].values()) {
+                    largest = largest.max((x - y).abs());
+                }
+            }
+        }
+        largest
+    }
+}
+
+fn number(value: &Value) -> f64 {
+    value.as_f64().unwrap()
+}
+
+#[test]
+fn a_known_rank_is_found_and_the_change_restored() {
+    let pair = Pair::new(Dtype::F32, 3);
+    for ranks in [["--rank", "auto"], ["--energy", "0.9999999"], ["--tolerance", "1e-4"]] {
+        let report = pair.report(&[&ranks[..], &["-o", "a.safetensors"]].concat());
+        let tensors = report["tensors"].as_array().unwrap();
+        assert_eq!(tensors.len(), 4);
+        for tensor in tensors {
+            assert_eq!(tensor["rank"], 3, "{ranks:?} {tensor}");
+            assert!(number(&tensor["relative_error"]) < 1e-5);
+            assert_eq!(tensor["exact"], true);
+        }
+        assert!(pair.difference("a.safetensors", &["_proj.weight"]) < 1e-5);
+    }
+}
+
+#[test]
+fn the_certificate_is_the_error_of_the_file() {
+    let pair = Pair::new(Dtype::F32, 12);
+    for dtype in ["f32", "bf16", "f16"] {
+        let report = pair.report(&["--rank", "5", "--dtype", dtype, "-o", "a.safetensors"]);
+        let merged =
+            ["merge", "from.safetensors", "a.safetensors", "-o", "m.safetensors", "--force"];
+        assert_eq!(pair.scratch.cli(&merged).code, Some(0));
+        let (merged, tuned) =
+            (read_tensors(&pair.path("m.safetensors")), read_tensors(&pair.path("to.safetensors")));
+        for tensor in report["tensors"].as_array().unwrap() {
+            let name = tensor["parameter"].as_str().unwrap();
+            let (x, y) = (tuned[name].values(), merged[name].values());
+            let error = x.iter().zip(&y).map(|(x, y)| (x - y) * (x - y)).sum::<f64>().sqrt();
+            let said = number(&tensor["residual"]);
+            // The merge rounds to f32 once.
+            assert!((error - said).abs() < 1e-5 * error, "{dtype} {name}: {error} {said}");
+            let values: Vec<f64> =
+                tensor["singular_values"].as_array().unwrap().iter().map(number).collect();
+            let optimum = values[5..].iter().map(|value| value * value).sum::<f64>().sqrt();
+            assert!((number(&tensor["optimal_residual_at_least"]) - optimum).abs() < 1e-9);
+            assert!(said >= optimum * (1.0 - 1e-9) && said < optimum * 1.01);
+        }
+    }
+}
+
+#[test]
+fn what_low_rank_does_not_hold_is_listed_or_stored() {
+    let pair = Pair::new(Dtype::Bf16, 4);
+    let report = pair.report(&["--rank", "4", "-o", "a.safetensors"]);
+    let left: Vec<(&str, &str)> = report["left_out"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|one| (one["parameter"].as_str().unwrap(), one["kind"].as_str().unwrap()))
+        .collect();
+    assert_eq!(left.len(), 5);
+    assert!(left.contains(&("model.embed_tokens.weight", "embedding")), "{left:?}");
+    assert!(left.contains(&("model.layers.0.q_proj.bias", "bias")), "{left:?}");
+    assert_eq!(report["unchanged"], 1);
+
+    let full = ["--rank", "4", "--full", "norms,biases,embeddings", "-o", "b.safetensors"];
+    let report = pair.report(&full);
+    assert_eq!(report["whole"].as_array().unwrap().len(), 5);
+    assert!(report["left_out"].as_array().unwrap().is_empty());
+    assert_eq!(pair.difference("b.safetensors", &["norm", "bias", "embed", "fixed"]), 0.0);
+
+    let one =
+        pair.report(&["--rank", "4", "--full", r".*\.1\.input_layernorm", "-o", "c.safetensors"]);
+    assert_eq!(one["whole"][0]["parameter"], "model.layers.1.input_layernorm.weight");
+    let both = pair.report(&["--rank", "4", "--include", "embed_tokens", "-o", "d.safetensors"]);
+    assert_eq!(both["tensors"].as_array().unwrap().len(), 5);
+}
+
+#[test]
+fn a_budget_is_kept_to() {
+    let pair = Pair::new(Dtype::F32, 20);
+    let bytes = (ROWS + COLS) * 4 * 4 * 6;
+    let report = pair.report(&["--budget", &bytes.to_string(), "-o", "a.safetensors"]);
+    let ranks: Vec<u64> = report["tensors"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|one| one["rank"].as_u64().unwrap())
+        .collect();
+    assert_eq!(ranks.iter().sum::<u64>(), 24);
+    assert_eq!(report["budget"]["spent"], bytes as u64);
+    let ran = pair.extract(&["--budget", "100", "--min-rank", "1", "-o", "b.safetensors"]);
+    assert_eq!(ran.code, Some(2), "{}", ran.stderr);
+    assert!(ran.stderr.contains("the minimum ranks alone take"), "{}", ran.stderr);
+}
+
+#[test]
+fn rules_decide_for_what_they_match() {
+    let pair = Pair::new(Dtype::F32, 20);
+    let rules = ["--rank", "6", "--rank-for", "down_proj=2", "--rank-for", r".*\.1\.q_proj=skip"];
+    let report = pair.report(&[&rules[..], &["-o", "a.safetensors"]].concat());
+    let ranks: Vec<(&str, u64)> = report["tensors"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|one| (one["parameter"].as_str().unwrap(), one["rank"].as_u64().unwrap()))
+        .collect();
+    assert_eq!(
+        ranks,
+        [
+            ("model.layers.0.down_proj.weight", 2),
+            ("model.layers.0.q_proj.weight", 6),
+            ("model.layers.1.down_proj.weight", 2)
+        ]
+    );
+    let ran = pair.extract(&["--rank", "6", "--rank-for", "k_proj=2", "-o", "b.safetensors"]);
+    assert_eq!(ran.code, Some(2));
+    assert!(ran.stderr.contains("--rank-for k_proj"), "{}", ran.stderr);
+}
+
+#[test]
+fn the_same_bytes_for_any_number_of_threads() {
+    let pair = Pair::new(Dtype::Bf16, 30);
+    let extract = |threads: &str, output: &str| {
+        let ran = pair.extract(&["--rank", "8", "--threads", threads, "-o", output]);
+        assert_eq!(ran.code, Some(0), "{}", ran.stderr);
+        std::fs::read(pair.path(output)).unwrap()
+    };
+    let one = extract("1", "one.safetensors");
+    assert!(one == extract("2", "two.safetensors"));
+    assert!(one == extract("7", "seven.safetensors"));
+}
+
+#[test]
+fn a_peft_directory_says_the_same() {
+    let pair = Pair::new(Dtype::F32, 9);
+    pair.report(&["--rank", "4", "-o", "a.safetensors"]);
+    pair.report(&["--rank", "4", "-o", "a", "--to", "peft"]);
+    let merge = |adapter: &str| {
+        let ran = pair.scratch.cli(&[
+            "merge",
+            "from.safetensors",
+            adapter,
+            "-o",
+            "m.safetensors",
+            "--force",
+        ]);
+        assert_eq!(ran.code, Some(0), "{}", ran.stderr);
+        std::fs::read(pair.path("m.safetensors")).unwrap()
+    };
+    assert!(merge("a.safetensors") == merge("a"));
+}
+
+#[test]
+fn an_interrupted_extraction_goes_on() {
+    let pair = Pair::new(Dtype::F32, 9);
+    let whole = pair.report(&["--rank", "4", "-o", "whole.safetensors"]);
+    // What an interrupted one leaves: its options and a finished target, here of another file.
+    let ran = pair.extract(&["--rank", "4", "-o", "a.safetensors", "--resume"]);
+    assert_eq!(ran.code, Some(0), "{}", ran.stderr);
+    let work = pair.path(".b.safetensors.extract");
+    std::fs::create_dir(&work).unwrap();
+    std::fs::write(work.join("signature"), "something else\n").unwrap();
+    let ran = pair.extract(&["--rank", "4", "-o", "b.safetensors", "--resume"]);
+    assert_eq!(ran.code, Some(2), "{}", ran.stderr);
+    assert!(ran.stderr.contains("the work of another extraction"), "{}", ran.stderr);
+    let ran = pair.extract(&["--rank", "4", "-o", "b.safetensors"]);
+    assert_eq!(ran.code, Some(0), "{}", ran.stderr);
+    assert!(!work.exists());
+    let read = |name: &str| std::fs::read(pair.path(name)).unwrap();
+    assert!(read("a.safetensors") == read("b.safetensors"));
+    assert!(read("a.safetensors") == read("whole.safetensors"));
+    assert_eq!(whole["schema"], "lora-cli/extract/1");
+}
+
+#[test]
+fn what_cannot_be_extracted_is_refused() {
+    let pair = Pair::new(Dtype::F32, 2);
+    let refused = |arguments: &[&str], why: &str| {
+        let ran = pair.extract(arguments);
+        assert_eq!(ran.code, Some(2), "{arguments:?}");
+        assert!(ran.stderr.contains(why), "{}", ran.stderr);
+        assert!(
+            !pair.path("x.safetensors").exists() && !pair.path(".x.safetensors.extract").exists()
+        );
+    };
+    refused(&["-o", "x.safetensors"], "nothing says which ranks are wanted");
+    refused(&["--rank", "4", "--energy", "0.9", "-o", "x.safetensors"], "several options");
+    refused(&["--rank", "4", "--accuracy", "0", "-o", "x.safetensors"], "--accuracy 0");
+    refused(&["--rank", "4", "--full", "no_such", "-o", "x.safetensors"], "--full no_such");
+    refused(&["--rank", "4", "-o", "to.safetensors", "--force"], "replace or change the input");
+    let same = pair.scratch.cli(&[
+        "extract",
+        "from.safetensors",
+        "from.safetensors",
+        "--rank",
+        "4",
+        "-o",
+        "x.safetensors",
+    ]);
+    assert_eq!(same.code, Some(2));
+    assert!(same.stderr.contains("nothing to extract"), "{}", same.stderr);
+    let mut tensors: Vec<Tensor> =
+        read_tensors(&pair.path("to.safetensors")).into_values().collect();
+    let at = tensors.iter().position(|tensor| tensor.name.contains("q_proj.weight")).unwrap();
+    let mut values = tensors[at].values();
+    values[7] = f64::NAN;
+    let name = tensors[at].name.clone();
+    tensors[at] = Tensor::new(&name, Dtype::F32, &[ROWS, COLS], &values);
+    write_tensors(&pair.path("to.safetensors"), &tensors, &[]);
+    refused(&["--rank", "4", "-o", "x.safetensors"], "the first at element 7");
+}
+
+#[test]
+fn a_real_layout_with_conv1d() {
+    let scratch = Scratch::new();
+    for case in ["gpt2", "llama-f32"] {
+        let (base, adapter) = (peft(&format!("{case}/base")), peft(&format!("{case}/adapter")));
+        let run = |arguments: &[&str]| {
+            let ran = scratch.cli(arguments);
+            assert_eq!(ran.code, Some(0), "{case}: {}", ran.stderr);
+        };
+        run(&["merge", &base, &adapter, "-o", "merged", "--dtype", "f32", "--force"]);
+        run(&["extract", &base, "merged", "--rank", "auto", "-o", "again.safetensors", "--force"]);
+        run(&["merge", &base, "again.safetensors", "-o", "twice", "--dtype", "f32", "--force"]);
+        let file =
+            |name: &str| text(&scratch.root().join(name).join("model.safetensors")).to_owned();
+        let (once, twice) =
+            (read_tensors(Path::new(&file("merged"))), read_tensors(Path::new(&file("twice"))));
+        for (name, tensor) in &once {
+            let difference: f64 = (tensor.values().iter().zip(twice[name].values()))
+                .map(|(x, y)| (x - y).abs())
+                .fold(0.0, f64::max);
+            assert!(difference < 1e-4, "{case} {name}: {difference}");
+        }
+    }
+}
