@@ -5,7 +5,7 @@
 //! lies (table 5: which weights should we pick). [`Comparison`] has how alike the directions of two
 //! changes are (figures 3 and 4) and how they meet the weights they change (table 7).
 //!
-//! A change is an [adapter](crate::analysis::product), whose products of factors are decomposed in
+//! A change is an adapter, whose products of factors are decomposed in
 //! f64 without forming them, or a [pair](crate::pair) of models, whose difference is decomposed where
 //! it lies. What is neither, or not a matrix, is listed: as a change without directions, or as passed
 //! over with the reason.

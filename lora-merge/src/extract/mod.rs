@@ -24,6 +24,7 @@ use lora_format::model::{Component, Form, Layer, LowRank, Scaling, ScalingRule, 
 use lora_format::pattern::PatternTable;
 use lora_format::{Adapter, Dtype, Tensor, map_all, vocabulary};
 use ndarray::{Array2, ArrayView2, s};
+use rayon::iter::{IndexedParallelIterator, IntoParallelRefIterator, ParallelIterator};
 use serde_json::{Map, Value};
 
 pub use work::WorkDirectory;
@@ -253,18 +254,22 @@ impl<'a> Extraction<'a> {
             .num_threads(options.threads)
             .build()
             .map_err(|source| Error::Threads { source })?;
-        let mut changes = Vec::with_capacity(pairing.pairs.len());
-        for (index, pair) in pairing.pairs.iter().enumerate() {
-            if progress.is_cancelled() {
-                return Err(Error::Interrupted);
-            }
-            let change = pool.install(|| measure(&mapped.delta(index)));
+        let changes: Vec<Change> = pool.install(|| {
+            let measured = pairing.pairs.par_iter().enumerate().map(|(index, pair)| {
+                if progress.is_cancelled() {
+                    return Err(Error::Interrupted);
+                }
+                let change = measure(&mapped.delta(index));
+                progress.add(pair.elements());
+                Ok(change)
+            });
+            measured.collect::<Result<_>>()
+        })?;
+        for (pair, change) in pairing.pairs.iter().zip(&changes) {
             if let Some(first) = change.first_non_finite {
                 let (name, count) = (pair.name.clone(), change.non_finite);
                 return Err(ExtractError::NonFinite { name, count, first: first.element }.into());
             }
-            progress.add(pair.elements());
-            changes.push(change);
         }
         let (fates, new_whole) = decide(pairing, &changes, options)?;
         Ok(Extraction { pairing, mapped, options, changes, fates, new_whole, pool })

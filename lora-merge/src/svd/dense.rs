@@ -1,8 +1,8 @@
 //! Decompositions of matrices that fit in memory: one small trait, two libraries.
 //!
-//! All that is large is streamed ([`super::krylov`], [`super::gram`]); what is left are eigenvalues
+//! All that is large is streamed (`krylov.rs`, `gram.rs`); what is left are eigenvalues
 //! of Gram matrices, QR of factors, and SVDs of small cores, in f64. [`Faer`] does that in pure
-//! Rust. With the feature `lapack`, [`Lapack`] does it with the system's OpenBLAS, as the reference
+//! Rust. With the feature `lapack`, `Lapack` does it with the system's OpenBLAS, as the reference
 //! that tests hold the other one against, and because its eigensolver is faster beyond a few
 //! thousand columns.
 //!

@@ -114,7 +114,7 @@ impl<'a, const G: usize> Iteration<'a, G> {
             _ => None,
         };
         let mut next_look = match wanted {
-            Some(rank) => (rank * 9 / 4).max(2 * Self::WIDTH),
+            Some(rank) => (rank * 7 / 4).max(2 * Self::WIDTH),
             None => 4 * Self::WIDTH,
         };
         let mut block = self.random_block();
@@ -134,7 +134,7 @@ impl<'a, const G: usize> Iteration<'a, G> {
             }
             let ritz = self.ritz()?;
             // Values near the end of the space are far from converged.
-            let known = if exhausted { self.size.min(short) } else { self.size / 2 };
+            let known = if exhausted { self.size.min(short) } else { self.size * 4 / 7 };
             if let Goal::Until { wanted: ask, vectors, maximum } = goal {
                 let shown = if vectors { known } else { 0 };
                 let shown = self.conclude(&ritz, known, shown)?;
@@ -157,7 +157,7 @@ impl<'a, const G: usize> Iteration<'a, G> {
             if full {
                 return Ok(None);
             }
-            let least = wanted.map_or(0, |rank| rank * 9 / 4);
+            let least = wanted.map_or(0, |rank| rank * 7 / 4);
             next_look = (self.size * 5 / 4).max(least).max(self.size + Self::WIDTH);
         }
     }

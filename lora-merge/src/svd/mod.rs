@@ -8,7 +8,7 @@
 //! | `dense`    | decompositions of what fits in memory, behind one trait                 |
 //!
 //! A matrix is never copied: [`Matrix`] hands out its rows, as they lie in mapped files if it can,
-//! and [`crate::kernels::sweep`] works on those.
+//! and [`crate::kernels::sweep()`] works on those.
 //!
 //! **Which when.** A truncated decomposition takes about 2.25·r products with A and as many with
 //! Aᵀ; the Gram matrix takes as many as A has columns. Beyond a rank of a quarter of the short side,
