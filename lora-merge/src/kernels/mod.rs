@@ -156,6 +156,7 @@
 //! at most γ·T, and rounding it adds at most
 //! u·|v| ≤ u·(|W0 + Δ*| + γ·T). ∎
 
+mod change;
 mod environment;
 mod factors;
 mod float;
@@ -181,6 +182,7 @@ mod native;
 #[path = "x86_64/mod.rs"]
 mod native;
 
+pub use change::{Grid, RUN, RunChange, change};
 pub use environment::with_ieee_floats;
 pub use factors::{Factors, LANES, PANEL, Path, Segment};
 pub use float::FloatType;

@@ -1,5 +1,6 @@
 //! Targets without vector code: everything runs as [`Isa::Scalar`].
 
+use super::change::{Run, RunChange};
 use super::stats::{ConvertStats, TileStats};
 use super::sweep::{Pass, Rows, SweepScratch};
 use super::{Factors, FloatType, Isa, Tile, TileRegion};
@@ -53,6 +54,10 @@ pub(crate) fn difference(_: Isa, _: Rows<'_>, _: &mut [f32]) -> Option<()> {
 }
 
 pub(crate) fn energy(_: Isa, _: &[f32]) -> Option<f64> {
+    None
+}
+
+pub(crate) fn change(_: Isa, _: Run<'_>, _: &mut [f32]) -> Option<RunChange> {
     None
 }
 

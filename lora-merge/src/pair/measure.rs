@@ -4,13 +4,10 @@ use rayon::iter::{IntoParallelIterator, ParallelIterator};
 
 use super::delta::Delta;
 use super::problem::Side;
-use crate::kernels::{FloatType, energy as energy_of, with_ieee_floats};
+use crate::kernels::{FloatType, Grid, RUN, RunChange, change, with_ieee_floats};
 
 /// Elements whose sums one thread makes: the cut does not depend on the threads.
 const SPAN: usize = 1 << 20;
-
-/// Elements that are decoded, and whose squares are summed, at once: they stay in the nearest cache.
-const RUN: usize = 1024;
 
 /// How much a parameter changed.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -98,73 +95,41 @@ struct Sums {
     first_non_finite: Option<NonFinite>,
 }
 
-/// Values of one run, and what is made of them. One thing is done at a time, in loops that compilers
-/// turn into vector instructions.
-struct Run {
-    base: [f32; RUN],
-    tuned: [f32; RUN],
-    difference: [f32; RUN],
-    spacing: [f32; RUN],
-}
-
 impl Sums {
     fn of(delta: &Delta<'_>, start: usize) -> Sums {
         let end = delta.len().min(start + SPAN);
         let (base_grid, tuned_grid) = grids(delta.base.float(), delta.tuned.float());
         delta.populate(start..end);
-        let zeros = [0.0; RUN];
-        let mut run = Run { base: zeros, tuned: zeros, difference: zeros, spacing: zeros };
-        let (mut energy, mut base_energy, mut spacing) = (0.0, 0.0, 0.0);
+        let [mut base, mut tuned, mut difference] = [[0.0; RUN]; 3];
         let mut sums = Sums::default();
         for first in (start..end).step_by(RUN) {
             let count = RUN.min(end - first);
-            let (base, tuned) = (&mut run.base[..count], &mut run.tuned[..count]);
-            let (difference, steps) = (&mut run.difference[..count], &mut run.spacing[..count]);
+            let (base, tuned) = (&mut base[..count], &mut tuned[..count]);
+            let difference = &mut difference[..count];
             delta.base.read(first, base);
             delta.tuned.read(first, tuned);
-            subtract(tuned, base, difference);
-            let mut largest = largest_magnitude(difference);
-            if !largest.is_finite() {
+            let mut found = change(delta.isa, base, tuned, tuned_grid, base_grid, difference);
+            if !found.largest.is_finite() {
                 let (bad, at) = take_out(base, tuned, difference);
                 sums.non_finite += bad;
                 sums.first_non_finite = sums
                     .first_non_finite
                     .or(at.map(|(at, side)| NonFinite { element: (first + at) as u64, side }));
-                largest = largest_magnitude(difference);
+                found = change(delta.isa, base, tuned, tuned_grid, base_grid, difference);
             }
-            sums.largest = sums.largest.max(largest);
-            base_energy += energy_of(delta.isa, base);
-            // With subnormals, a difference is zero only of equal values.
-            let changed = difference.iter().map(|one| u32::from(*one != 0.0)).sum::<u32>();
-            if changed == 0 {
-                continue;
-            }
-            sums.changed += u64::from(changed);
-            energy += energy_of(delta.isa, difference);
-            for (grid, values) in [(tuned_grid, &*tuned), (base_grid, &*base)] {
-                if let Some(grid) = grid {
-                    grid.spacings(difference, values, steps);
-                    spacing += energy_of(delta.isa, steps);
-                }
-            }
+            sums.add(&found);
         }
         delta.release_elements(start..end);
-        (sums.energy, sums.base_energy, sums.spacing) = (energy, base_energy, spacing);
         sums
     }
-}
 
-fn subtract(tuned: &[f32], base: &[f32], difference: &mut [f32]) {
-    for ((difference, tuned), base) in difference.iter_mut().zip(tuned).zip(base) {
-        *difference = tuned - base;
+    fn add(&mut self, found: &RunChange) {
+        self.changed += u64::from(found.changed);
+        self.energy += found.energy;
+        self.base_energy += found.base_energy;
+        self.spacing += found.spacing;
+        self.largest = self.largest.max(found.largest);
     }
-}
-
-/// The largest magnitude; of a NaN, a NaN.
-fn largest_magnitude(values: &[f32]) -> f32 {
-    // The bits of magnitudes are ordered as they are, and below the sign bit.
-    let magnitudes = values.iter().map(|value| value.abs().to_bits() as i32);
-    f32::from_bits(magnitudes.fold(0, i32::max) as u32)
 }
 
 /// Makes zeros of all elements whose difference is not finite, and gives their number and the first.
@@ -191,16 +156,6 @@ fn take_out(
     (count, first)
 }
 
-/// The grid of a storage type, as far as its spacing goes.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Grid {
-    /// Bits of the significand after the leading one.
-    fraction: i32,
-    /// The smallest exponent that counts, biased as f32's: that of the type's smallest normal
-    /// number, and no spacing is below that of f32.
-    lowest: i32,
-}
-
 /// The grids whose rounding is in ΔW: the base's (where it is the coarser one) and the fine-tuned
 /// model's.
 pub(super) fn grids(
@@ -208,29 +163,8 @@ pub(super) fn grids(
     tuned: Option<FloatType>,
 ) -> (Option<Grid>, Option<Grid>) {
     let (base, tuned) = (base.map(Grid::of), tuned.map(Grid::of));
-    let coarser = |base: &Grid| tuned.is_some_and(|tuned| base.fraction < tuned.fraction);
+    let coarser = |base: &Grid| tuned.is_some_and(|tuned| base.is_coarser_than(tuned));
     (base.filter(coarser), tuned)
-}
-
-impl Grid {
-    fn of(float: FloatType) -> Grid {
-        match float {
-            FloatType::F32 => Grid { fraction: 23, lowest: 24 },
-            FloatType::F16 => Grid { fraction: 10, lowest: 127 - 14 },
-            FloatType::Bf16 => Grid { fraction: 7, lowest: 8 },
-        }
-    }
-
-    /// ulp(value) where the difference is not zero, zero elsewhere.
-    pub(super) fn spacings(self, differences: &[f32], values: &[f32], out: &mut [f32]) {
-        const EXPONENT: u32 = 0x7F80_0000;
-        let (lowest, down) = (self.lowest << 23, self.fraction << 23);
-        for ((out, difference), value) in out.iter_mut().zip(differences).zip(values) {
-            let exponent = ((value.to_bits() & EXPONENT) as i32).max(lowest);
-            let counted = -i32::from(*difference != 0.0);
-            *out = f32::from_bits(((exponent - down) & counted) as u32);
-        }
-    }
 }
 
 #[cfg(test)]
@@ -241,7 +175,6 @@ mod tests {
 
     use super::*;
     use crate::kernels::Isa;
-    use crate::numbers::neighbour;
     use crate::pair::model::Values;
 
     /// A file of pseudo-random numbers that is removed in the end.
@@ -299,25 +232,6 @@ mod tests {
                 (one.storage_variance, other.storage_variance),
             ] {
                 assert_eq!(a.to_bits(), b.to_bits());
-            }
-        }
-    }
-
-    #[test]
-    fn a_spacing_is_the_step_to_the_next_number() {
-        for float in FloatType::ALL {
-            let grid = Grid::of(float);
-            let step = if float == FloatType::F32 { 65_521 } else { 1 };
-            for bits in (0..float.infinity() - 1).step_by(step) {
-                let (value, next) = (float.decode(bits), neighbour(float, bits, true).unwrap());
-                let wanted = f64::from(float.decode(next)) - f64::from(value);
-                let mut found = [0.0];
-                grid.spacings(&[1.0], &[value], &mut found);
-                assert_eq!(f64::from(found[0]), wanted.max(2f64.powi(-126)), "{float} {value:e}");
-                grid.spacings(&[1.0], &[-value], &mut found);
-                assert_eq!(f64::from(found[0]), wanted.max(2f64.powi(-126)), "{float} -{value:e}");
-                grid.spacings(&[0.0], &[value], &mut found);
-                assert_eq!(found, [0.0]);
             }
         }
     }

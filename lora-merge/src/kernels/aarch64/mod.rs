@@ -3,6 +3,7 @@
 mod control;
 mod neon;
 
+use super::change::{Run, RunChange};
 use super::generic::sweep::{Steps, difference as take_difference, run};
 use super::stats::{ConvertStats, TileStats};
 use super::sweep::{Pass, Rows, SweepScratch};
@@ -82,6 +83,14 @@ pub(crate) fn difference(isa: Isa, rows: Rows<'_>, out: &mut [f32]) -> Option<()
 pub(crate) fn energy(isa: Isa, a: &[f32]) -> Option<f64> {
     match isa {
         Isa::Neon => Some(Neon::new()?.energy(a)),
+        Isa::Scalar | Isa::Avx2 | Isa::Avx512 => None,
+    }
+}
+
+/// [`change`](super::change::change) if this CPU runs `isa`.
+pub(crate) fn change(isa: Isa, run: Run<'_>, difference: &mut [f32]) -> Option<RunChange> {
+    match isa {
+        Isa::Neon => Some(Neon::new()?.change(run, difference)),
         Isa::Scalar | Isa::Avx2 | Isa::Avx512 => None,
     }
 }

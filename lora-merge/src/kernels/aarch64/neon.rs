@@ -9,6 +9,7 @@ use std::arch::aarch64::*;
 use std::arch::asm;
 use std::array;
 
+use super::super::change::{Run, RunChange, measure};
 use super::super::factors::{Factors, LANES};
 use super::super::generic::sweep::{self, Ahead, Steps};
 use super::super::generic::{self, Element, Place, Source, with_types};
@@ -150,6 +151,15 @@ impl Steps for Neon {
         }
         // SAFETY: `self` is proof of the feature.
         unsafe { energy(self, a) }
+    }
+
+    fn change(self, run: Run<'_>, difference: &mut [f32]) -> RunChange {
+        #[target_feature(enable = "neon")]
+        fn change(v: Neon, run: Run<'_>, difference: &mut [f32]) -> RunChange {
+            measure(run, difference, |a| generic::energy(v, a))
+        }
+        // SAFETY: as in `merge`.
+        unsafe { change(self, run, difference) }
     }
 
     fn residual_energy(self, a: &[f32], product: &[f64]) -> f64 {

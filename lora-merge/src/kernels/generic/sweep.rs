@@ -11,6 +11,7 @@
 //! The chains of the contract go through memory from panel to panel and from
 //! block to block, so none of this shows in the results.
 
+use super::super::change::{Run, RunChange};
 use super::super::factors::LANES;
 use super::super::sweep::{BlockRow, COLUMN_PANEL, Left, Line, Pass, Rows, SweepScratch, scalar};
 use super::super::vector::Vector;
@@ -40,6 +41,7 @@ pub(crate) trait Steps: Vector {
     fn settle<const G: usize>(self, z: &mut [BlockRow<G>]);
     fn difference<S: Source>(self, source: S, out: &mut [f32]);
     fn energy(self, a: &[f32]) -> f64;
+    fn change(self, run: Run<'_>, difference: &mut [f32]) -> RunChange;
     fn residual_energy(self, a: &[f32], product: &[f64]) -> f64;
 }
 

@@ -7,6 +7,7 @@
 
 use std::arch::x86_64::*;
 
+use super::super::change::{Run, RunChange, measure};
 use super::super::factors::{Factors, LANES};
 use super::super::generic::sweep::{self, Ahead, Steps};
 use super::super::generic::{self, Element, Place, Source, with_types};
@@ -164,6 +165,15 @@ impl Steps for Avx512 {
         }
         // SAFETY: as in `merge`.
         unsafe { energy(self, a) }
+    }
+
+    fn change(self, run: Run<'_>, difference: &mut [f32]) -> RunChange {
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,popcnt")]
+        fn change(v: Avx512, run: Run<'_>, difference: &mut [f32]) -> RunChange {
+            measure(run, difference, |a| generic::energy(v, a))
+        }
+        // SAFETY: as in `merge`.
+        unsafe { change(self, run, difference) }
     }
 
     fn residual_energy(self, a: &[f32], product: &[f64]) -> f64 {

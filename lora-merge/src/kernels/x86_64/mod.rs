@@ -4,6 +4,7 @@ mod avx2;
 mod avx512;
 mod control;
 
+use super::change::{Run, RunChange};
 use super::generic::sweep::{Steps, difference as take_difference, run};
 use super::stats::{ConvertStats, TileStats};
 use super::sweep::{Pass, Rows, SweepScratch};
@@ -97,6 +98,15 @@ pub(crate) fn energy(isa: Isa, a: &[f32]) -> Option<f64> {
     match isa {
         Isa::Avx2 => Some(Avx2::new()?.energy(a)),
         Isa::Avx512 => Some(Avx512::new()?.energy(a)),
+        Isa::Scalar | Isa::Neon => None,
+    }
+}
+
+/// [`change`](super::change::change) if this CPU runs `isa`.
+pub(crate) fn change(isa: Isa, run: Run<'_>, difference: &mut [f32]) -> Option<RunChange> {
+    match isa {
+        Isa::Avx2 => Some(Avx2::new()?.change(run, difference)),
+        Isa::Avx512 => Some(Avx512::new()?.change(run, difference)),
         Isa::Scalar | Isa::Neon => None,
     }
 }
