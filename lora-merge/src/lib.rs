@@ -42,6 +42,7 @@ pub mod rank;
 pub mod report;
 pub mod resize;
 pub mod resolve;
+mod schedule;
 pub mod similarity;
 pub mod spectrum;
 pub mod svd;

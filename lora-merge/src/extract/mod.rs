@@ -16,27 +16,25 @@
 mod work;
 
 use std::collections::BTreeMap;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use lora_format::fingerprint::BaseIdentity;
 use lora_format::model::{Component, Form, Layer, LowRank, Scaling, ScalingRule, Target};
 use lora_format::pattern::PatternTable;
 use lora_format::{Adapter, Dtype, Tensor, map_all, vocabulary};
 use ndarray::{Array2, ArrayView2, s};
-use rayon::iter::{IndexedParallelIterator, IntoParallelRefIterator, ParallelIterator};
 use serde_json::{Map, Value};
 
 pub use work::WorkDirectory;
 
 use crate::budget::{self, Candidate};
 use crate::engine::Progress;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::noise::{self, NoiseEstimate, Storage};
 use crate::numbers::float_type;
 use crate::pair::{Change, Kind, Mapped, Pair, Pairing, Tie, measure, profiles};
 use crate::rank::{Bound, Choice, RankError, RankLimits, RankPolicy, Ruling, choose};
 use crate::resize::Ranks;
+use crate::schedule::Schedule;
 use crate::spectrum::{Reached, Spectrum};
 use crate::svd::{Decomposition, Goal, SvdOptions, decompose, residual};
 
@@ -227,7 +225,7 @@ pub struct Extraction<'a> {
     fates: Vec<Fate>,
     /// Parameters of the fine-tuned model alone that are stored whole.
     new_whole: Vec<String>,
-    pool: rayon::ThreadPool,
+    schedule: Schedule,
 }
 
 /// What one target costs to read once, against decomposing it: for progress.
@@ -243,28 +241,24 @@ impl<'a> Extraction<'a> {
     /// Measures every pair and decides what becomes of it.
     ///
     /// # Errors
-    /// [`Error::Extract`], [`Error::Interrupted`].
+    /// [`Extract`](crate::error::Error::Extract), [`Interrupted`](crate::error::Error::Interrupted).
     pub fn plan(
         mapped: &'a Mapped<'a>,
         options: &'a mut ExtractOptions,
         progress: &Progress,
     ) -> Result<Extraction<'a>> {
         let pairing = mapped.pairing();
-        let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(options.threads)
-            .build()
-            .map_err(|source| Error::Threads { source })?;
-        let changes: Vec<Change> = pool.install(|| {
-            let measured = pairing.pairs.par_iter().enumerate().map(|(index, pair)| {
-                if progress.is_cancelled() {
-                    return Err(Error::Interrupted);
-                }
+        let schedule = Schedule::new(options.threads);
+        let elements: Vec<u64> = pairing.pairs.iter().map(Pair::elements).collect();
+        let changes: Vec<Change> = schedule.run(
+            &elements,
+            || progress.is_cancelled(),
+            |index| {
                 let change = measure(&mapped.delta(index));
-                progress.add(pair.elements());
+                progress.add(elements[index]);
                 Ok(change)
-            });
-            measured.collect::<Result<_>>()
-        })?;
+            },
+        )?;
         for (pair, change) in pairing.pairs.iter().zip(&changes) {
             if let Some(first) = change.first_non_finite {
                 let (name, count) = (pair.name.clone(), change.non_finite);
@@ -272,7 +266,7 @@ impl<'a> Extraction<'a> {
             }
         }
         let (fates, new_whole) = decide(pairing, &changes, options)?;
-        Ok(Extraction { pairing, mapped, options, changes, fates, new_whole, pool })
+        Ok(Extraction { pairing, mapped, options, changes, fates, new_whole, schedule })
     }
 
     /// A bound on what the decompositions hold at one time, in bytes: vectors and partial sums, not
@@ -288,7 +282,7 @@ impl<'a> Extraction<'a> {
             })
             .collect();
         each.sort_unstable_by(|a, b| b.cmp(a));
-        each.iter().take(self.pool.current_num_threads()).sum()
+        each.iter().take(self.schedule.threads()).sum()
     }
 
     fn targets(&self) -> impl Iterator<Item = (usize, Choosing)> {
@@ -302,7 +296,8 @@ impl<'a> Extraction<'a> {
     /// are kept in `work`, and those that it holds already are not made again.
     ///
     /// # Errors
-    /// [`Error::Extract`], [`Error::Format`], [`Error::Interrupted`].
+    /// [`Extract`](crate::error::Error::Extract), [`Format`](crate::error::Error::Format),
+    /// [`Interrupted`](crate::error::Error::Interrupted).
     pub fn run(
         &self,
         work: &WorkDirectory,
@@ -425,69 +420,44 @@ impl<'a> Extraction<'a> {
         report.budget = Some((bytes, allotment.bytes, allotment.short_of_best));
         let name = |&index: &usize| candidates[index].name.to_owned();
         report.capped = allotment.capped.iter().map(name).collect();
-        let mut parts = Vec::with_capacity(targets.len());
-        for ((&(index, _), found), &rank) in targets.iter().zip(&found).zip(&allotment.ranks) {
-            if progress.is_cancelled() {
-                return Err(Error::Interrupted);
-            }
-            let choice = Choice { rank: rank.min(found.rank()), bound: Bound::Policy };
-            let part = self.pool.install(|| self.finish(index, found, choice, None))?;
-            work.keep(index, &part)?;
-            parts.push(part);
-        }
-        Ok(parts)
+        let ranks = &allotment.ranks;
+        let costs: Vec<u64> =
+            targets.iter().map(|&(index, _)| self.pairing.pairs[index].elements()).collect();
+        self.schedule.run(
+            &costs,
+            || progress.is_cancelled(),
+            |at| {
+                let (index, found) = (targets[at].0, &found[at]);
+                let choice = Choice { rank: ranks[at].min(found.rank()), bound: Bound::Policy };
+                let part = self.finish(index, found, choice, None)?;
+                work.keep(index, &part)?;
+                Ok(part)
+            },
+        )
     }
 
-    /// Does something for every target, the largest first, as many at a time as there are threads;
-    /// the results are in the targets' order.
+    /// Does something for every target, as [`Schedule`] shares them out; the results are in the
+    /// targets' order.
     fn in_parallel<T: Send>(
         &self,
         targets: &[(usize, Choosing)],
         progress: &Progress,
         make: impl Fn(usize, Choosing) -> Result<T> + Sync,
     ) -> Result<Vec<T>> {
-        let mut order: Vec<usize> = (0..targets.len()).collect();
         let size = |at: usize| self.pairing.pairs[targets[at].0].elements();
-        order.sort_by_key(|&at| std::cmp::Reverse(size(at)));
-        let next = AtomicUsize::new(0);
-        let slots: Vec<Mutex<Option<Result<T>>>> =
-            targets.iter().map(|_| Mutex::new(None)).collect();
-        // Each of these waits for one matrix at a time: so many are in work at once, and the pool's
-        // threads are shared by what can be done side by side within them.
-        std::thread::scope(|scope| {
-            for _ in 0..self.pool.current_num_threads().min(targets.len()) {
-                scope.spawn(|| {
-                    while let Some(&at) = order.get(next.fetch_add(1, Ordering::Relaxed)) {
-                        if progress.is_cancelled() {
-                            break;
-                        }
-                        let (index, choosing) = targets[at];
-                        let made = self.pool.install(|| make(index, choosing));
-                        let rows = self.pairing.pairs[index].matrix().0;
-                        self.mapped.delta(index).release(0..rows);
-                        progress.add(size(at) * DECOMPOSING);
-                        let failed = made.is_err();
-                        if let Ok(mut slot) = slots[at].lock() {
-                            *slot = Some(made);
-                        }
-                        if failed {
-                            next.store(order.len(), Ordering::Relaxed);
-                        }
-                    }
-                });
-            }
-        });
-        let made: Vec<Option<Result<T>>> =
-            slots.into_iter().map(|slot| slot.into_inner().unwrap_or(None)).collect();
-        // A failure stopped the others: it is what there is to say.
-        if let Some(at) = made.iter().position(|one| matches!(one, Some(Err(_)))) {
-            return made
-                .into_iter()
-                .nth(at)
-                .flatten()
-                .map_or(Err(Error::Interrupted), |one| one.map(|_| Vec::new()));
-        }
-        made.into_iter().map(|one| one.unwrap_or(Err(Error::Interrupted))).collect()
+        let costs: Vec<u64> = (0..targets.len()).map(size).collect();
+        self.schedule.run(
+            &costs,
+            || progress.is_cancelled(),
+            |at| {
+                let (index, choosing) = targets[at];
+                let made = make(index, choosing);
+                let delta = self.mapped.delta(index);
+                delta.release(0..delta.shape().0);
+                progress.add(costs[at] * DECOMPOSING);
+                made
+            },
+        )
     }
 
     fn decompose(
@@ -615,8 +585,11 @@ impl<'a> Extraction<'a> {
         let (a, b) = if swapped { (left.t(), right.t()) } else { (right, left) };
         let bytes = |factor: ArrayView2<'_, f32>| -> Vec<u8> {
             let float = float_type(dtype).unwrap_or(crate::kernels::FloatType::F32);
-            let bits = factor.iter().map(|&x| float.encode(f64::from(x)).to_le_bytes());
-            bits.flat_map(|bits| bits.into_iter().take(float.size())).collect()
+            let mut bytes = Vec::with_capacity(factor.len() * float.size());
+            for &x in factor {
+                bytes.extend_from_slice(&float.encode(f64::from(x)).to_le_bytes()[..float.size()]);
+            }
+            bytes
         };
         let (a_bytes, b_bytes) = (bytes(a), bytes(b));
         let (mut a_shape, mut b_shape) = (vec![rank, a.ncols()], vec![b.nrows(), rank]);
