@@ -1,7 +1,7 @@
 //! The leading singular values by randomised block Krylov iteration.
 //!
 //! ```text
-//! V₁ random, orthonormal, n × b
+//! V₁ random, orthonormal, n × b                     (of a wide matrix, from the range of Aᵀ)
 //! Wⱼ = A·Vⱼ    Zⱼ = Aᵀ·Wⱼ                        one pass over A: kernels::sweep
 //! Vⱼ₊₁ = orthonormal basis of Zⱼ less what lies in V₁ … Vⱼ
 //! T = WᵀW = Vᵀ·AᵀA·V,  T = Q·diag(θ)·Qᵀ         in f64
@@ -34,11 +34,13 @@ use rayon::slice::{ParallelSlice, ParallelSliceMut};
 
 use super::dense::NotConverged;
 use super::{Decomposition, Goal, Matrix, SvdOptions, with_rows};
-use crate::kernels::{BlockRow, LANES, Rows, SweepScratch, sweep, with_ieee_floats};
+use crate::kernels::{
+    BlockRow, LANES, Rows, SweepScratch, apply_transposed, sweep, with_ieee_floats,
+};
 use crate::spectrum::{Reached, Spectrum};
 
 /// Parts that the rows are cut into, each with a Z of its own; fewer where these would be large.
-const PARTS: usize = 32;
+const PARTS: usize = 16;
 
 /// Bytes of all Z together.
 const PARTIAL_BYTES: usize = 64 << 20;
@@ -117,7 +119,7 @@ impl<'a, const G: usize> Iteration<'a, G> {
             Some(rank) => (rank * 7 / 4).max(2 * Self::WIDTH),
             None => 4 * Self::WIDTH,
         };
-        let mut block = self.random_block();
+        let mut block = self.start();
         self.orthonormalise(&mut block, None)?;
         loop {
             let (w, mut z) = self.sweep(&block);
@@ -158,35 +160,79 @@ impl<'a, const G: usize> Iteration<'a, G> {
                 return Ok(None);
             }
             let least = wanted.map_or(0, |rank| rank * 7 / 4);
-            next_look = (self.size * 5 / 4).max(least).max(self.size + Self::WIDTH);
+            next_look = (self.size * 9 / 8).max(least).max(self.size + Self::WIDTH);
         }
+    }
+
+    /// The first block. Of a wide matrix it is taken from the row space, by Aᵀ: of a random vector's
+    /// length only a share of m/n lies there, and what A does to later blocks, which the certificate
+    /// goes by, would be as much too small.
+    fn start(&mut self) -> Block<G> {
+        if self.cols <= self.rows {
+            return self.random_block(self.cols);
+        }
+        let mut w = self.random_block(self.rows);
+        let isa = self.options.isa;
+        self.in_parts(&mut w, |rows, w, z, scratch| {
+            apply_transposed(isa, rows, self.cols, w, z, scratch);
+        })
     }
 
     /// W = A·V and Z = Aᵀ·W of a block.
     fn sweep(&self, v: &Block<G>) -> (Block<G>, Block<G>) {
+        let mut w = vec![BlockRow::ZERO; self.rows];
+        let isa = self.options.isa;
+        let z = self.in_parts(&mut w, |rows, w, z, scratch| {
+            sweep(isa, rows, self.cols, v, w, z, scratch);
+        });
+        (w, z)
+    }
+
+    /// The sum of the Z that some rows of A at a time make with the same rows of W.
+    fn in_parts(
+        &self,
+        w: &mut [BlockRow<G>],
+        multiply: impl Fn(Rows<'_>, &mut [BlockRow<G>], &mut [BlockRow<G>], &mut SweepScratch) + Sync,
+    ) -> Block<G> {
         let bytes = self.cols * size_of::<BlockRow<G>>();
         let parts = (PARTIAL_BYTES / bytes).clamp(1, PARTS).min(self.rows.div_ceil(64));
         let each = self.rows.div_ceil(parts).next_multiple_of(8);
-        let isa = self.options.isa;
-        let mut w = vec![BlockRow::ZERO; self.rows];
+        let zero = || vec![BlockRow::ZERO; self.cols];
+        let one = |part: usize, w: &mut [BlockRow<G>], z: &mut Block<G>| {
+            let (mut scratch, mut room) = (SweepScratch::new(), Vec::new());
+            let first = part * each;
+            // A few rows at a time where they have to be decoded.
+            for (group, w) in w.chunks_mut(64).enumerate() {
+                let start = first + group * 64;
+                with_rows(self.matrix, start..start + w.len(), &mut room, |rows| {
+                    multiply(rows, w, z, &mut scratch);
+                });
+            }
+        };
+        if rayon::current_num_threads() == 1 {
+            // The same sums, without room for all of them.
+            let (mut sum, mut z) = (zero(), zero());
+            for (part, w) in w.chunks_mut(each).enumerate() {
+                if part == 0 {
+                    one(part, w, &mut sum);
+                } else {
+                    z.fill(BlockRow::ZERO);
+                    one(part, w, &mut z);
+                    add(&mut sum, &z);
+                }
+            }
+            return sum;
+        }
         let partial: Vec<Block<G>> = w
             .par_chunks_mut(each)
             .enumerate()
             .map(|(part, w)| {
-                let mut z = vec![BlockRow::ZERO; self.cols];
-                let (mut scratch, mut room) = (SweepScratch::new(), Vec::new());
-                let first = part * each;
-                // A few rows at a time where they have to be decoded.
-                for (group, w) in w.chunks_mut(64).enumerate() {
-                    let start = first + group * 64;
-                    with_rows(self.matrix, start..start + w.len(), &mut room, |rows| {
-                        sweep(isa, rows, self.cols, v, w, &mut z, &mut scratch);
-                    });
-                }
+                let mut z = zero();
+                one(part, w, &mut z);
                 z
             })
             .collect();
-        (w, add(partial))
+        sum(partial)
     }
 
     /// Makes a block orthonormal and orthogonal to the basis. Columns that the basis holds already
@@ -256,7 +302,7 @@ impl<'a, const G: usize> Iteration<'a, G> {
                 inside
             })
             .collect();
-        let inside = add(partial);
+        let inside = sum(partial);
         for (row, inside) in block.iter_mut().zip(&inside) {
             for (x, y) in row.0.as_flattened_mut().iter_mut().zip(inside.0.as_flattened()) {
                 *x -= y;
@@ -264,8 +310,8 @@ impl<'a, const G: usize> Iteration<'a, G> {
         }
     }
 
-    fn random_block(&mut self) -> Block<G> {
-        let mut block = vec![BlockRow::ZERO; self.cols];
+    fn random_block(&mut self, rows: usize) -> Block<G> {
+        let mut block = vec![BlockRow::ZERO; rows];
         for row in &mut block {
             for lane in row.0.as_flattened_mut() {
                 *lane = self.random.normal() as f32;
@@ -357,54 +403,67 @@ impl<'a, const G: usize> Iteration<'a, G> {
 fn append<const G: usize>(vectors: &mut Vec<f32>, block: &Block<G>) {
     let (length, start) = (block.len(), vectors.len());
     vectors.resize(start + length * G * LANES, 0.0);
-    for (index, row) in block.iter().enumerate() {
-        for (lane, &value) in row.0.as_flattened().iter().enumerate() {
-            vectors[start + lane * length + index] = value;
+    // A cache line of every vector at a time: they may all share one place in the cache.
+    for (run, rows) in block.chunks(LANES).enumerate() {
+        for lane in 0..G * LANES {
+            let out = &mut vectors[start + lane * length + run * LANES..][..rows.len()];
+            for (out, row) in out.iter_mut().zip(rows) {
+                *out = row.0.as_flattened()[lane];
+            }
         }
     }
 }
 
 /// The sum of blocks, in order.
-fn add<const G: usize>(partial: Vec<Block<G>>) -> Block<G> {
+fn sum<const G: usize>(partial: Vec<Block<G>>) -> Block<G> {
+    const RUN: usize = 1024;
     let mut partial = partial.into_iter();
     let mut sum = partial.next().unwrap_or_default();
     let rest: Vec<Block<G>> = partial.collect();
-    sum.par_iter_mut().with_min_len(1024).enumerate().for_each(|(index, row)| {
+    sum.par_chunks_mut(RUN).enumerate().for_each(|(run, sum)| {
         for block in &rest {
-            let other = block[index].0.as_flattened();
-            for (x, y) in row.0.as_flattened_mut().iter_mut().zip(other) {
-                *x += y;
-            }
+            add(sum, &block[run * RUN..][..sum.len()]);
         }
     });
     sum
+}
+
+/// X ← X + Y.
+fn add<const G: usize>(x: &mut [BlockRow<G>], y: &[BlockRow<G>]) {
+    for (x, y) in x.iter_mut().zip(y) {
+        for (x, y) in x.0.as_flattened_mut().iter_mut().zip(y.0.as_flattened()) {
+            *x += y;
+        }
+    }
 }
 
 /// XᵀY of two blocks, in f64.
 fn product<const G: usize>(x: &Block<G>, y: &Block<G>) -> Array2<f64> {
     const RUN: usize = 1024;
     let width = G * LANES;
-    let partial: Vec<Vec<f64>> = x
+    let partial: Vec<Array2<f64>> = x
         .par_chunks(RUN)
         .zip(y.par_chunks(RUN))
         .map(|(x, y)| {
-            let mut sum = vec![0.0f64; width * width];
-            for (x, y) in x.iter().zip(y) {
-                let y = y.0.as_flattened();
-                for (sum, &x) in sum.chunks_exact_mut(width).zip(x.0.as_flattened()) {
-                    for (sum, &y) in sum.iter_mut().zip(y) {
-                        *sum += f64::from(x) * f64::from(y);
-                    }
-                }
-            }
-            sum
+            with_ieee_floats(|| {
+                let (x, y) = (widened(x), widened(y));
+                // Row-major n × b is column-major b × n.
+                let x = faer::MatRef::from_column_major_slice(&x, width, x.len() / width);
+                let y = faer::MatRef::from_column_major_slice(&y, width, y.len() / width);
+                let mut sum = faer::Mat::<f64>::zeros(width, width);
+                let (mode, seq) = (faer::Accum::Replace, faer::Par::Seq);
+                faer::linalg::matmul::matmul(sum.as_mut(), mode, x, y.transpose(), 1.0, seq);
+                Array2::from_shape_fn((width, width), |(row, col)| sum[(row, col)])
+            })
         })
         .collect();
     let mut sum = Array2::zeros((width, width));
-    for part in partial {
-        sum.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
-    }
+    partial.iter().for_each(|part| sum += part);
     sum
+}
+
+fn widened<const G: usize>(rows: &[BlockRow<G>]) -> Vec<f64> {
+    rows.iter().flat_map(|row| row.0.as_flattened()).map(|&x| f64::from(x)).collect()
 }
 
 /// X ← X·Q.
