@@ -4,6 +4,7 @@
 //! |------------|------------------------------------------------------------------------|
 //! | `krylov`   | the leading part: randomised block Krylov iteration, and its certificate |
 //! | `gram`     | all of it: eigenvalues of the Gram matrix in f64                        |
+//! | `block`    | blocks of vectors, and the inner products in between                     |
 //! | `residual` | ‖A − B·A'‖_F of factors as they will be stored                          |
 //! | `dense`    | decompositions of what fits in memory, behind one trait                 |
 //!
@@ -18,6 +19,7 @@
 //! the result does not depend on the number of threads. It does depend on the processor, in the
 //! last bits, because the dense library's kernels do.
 
+mod block;
 pub mod dense;
 mod gram;
 mod krylov;
@@ -115,7 +117,7 @@ impl Default for SvdOptions {
 /// How much of a decomposition is wanted.
 #[derive(Clone, Copy)]
 pub enum Goal<'a> {
-    /// This many components.
+    /// This many components, or fewer where all others are zero but for rounding.
     Rank(usize),
     /// All singular values, and no vectors.
     Values,
