@@ -33,7 +33,7 @@ use ndarray::{Array2, ArrayView2, s};
 use rayon::iter::{IndexedParallelIterator, ParallelIterator};
 use rayon::slice::ParallelSliceMut;
 
-use super::block::{Block, Vectors, add, energies, gram, product, rotate, sum};
+use super::block::{Vectors, add, energies, gram, product, rotate, sum};
 use super::dense::{Eigen, NotConverged};
 use super::{Decomposition, Goal, Matrix, SvdOptions, with_rows};
 use crate::kernels::{BlockRow, LANES, Rows, SweepScratch, apply_transposed, sweep};
@@ -71,14 +71,16 @@ pub(super) fn decompose(
     goal: Goal<'_>,
     options: &SvdOptions,
 ) -> Result<Option<Decomposition>, NotConverged> {
-    // Wider blocks use the kernels better; narrow ones need fewer products.
-    match goal {
-        Goal::Rank(rank) if rank > 64 => Iteration::<2>::new(matrix, energy, options).run(goal),
-        _ => Iteration::<1>::new(matrix, energy, options).run(goal),
-    }
+    Iteration::new(matrix, energy, options).run(goal)
 }
 
-struct Iteration<'a, const G: usize> {
+/// Vectors in a block. Blocks of 32 use the kernels better and need about a tenth more products: they
+/// took as long at rank 256, longer at 128 and below, and left more over.
+const WIDTH: usize = LANES;
+
+type Block = super::block::Block<1>;
+
+struct Iteration<'a> {
     matrix: &'a dyn Matrix,
     rows: usize,
     cols: usize,
@@ -105,9 +107,7 @@ struct Look {
     optimum: Vec<f64>,
 }
 
-impl<'a, const G: usize> Iteration<'a, G> {
-    const WIDTH: usize = G * LANES;
-
+impl<'a> Iteration<'a> {
     fn new(matrix: &'a dyn Matrix, energy: f64, options: &'a SvdOptions) -> Self {
         let (rows, cols) = matrix.shape();
         Iteration {
@@ -137,14 +137,17 @@ impl<'a, const G: usize> Iteration<'a, G> {
             Goal::Until { .. } => self.options.accuracy / 10.0,
             _ => self.options.accuracy,
         };
-        let first_look = |rank: usize| (rank * 3 / 2 + Self::WIDTH).max(2 * Self::WIDTH);
-        let mut next_look = wanted.map_or(4 * Self::WIDTH, first_look);
+        let mut next_look = match wanted {
+            Some(rank) if rank > 64 => rank * 15 / 8,
+            Some(rank) => rank * 3 / 2 + WIDTH,
+            None => 4 * WIDTH,
+        };
         let mut last: Option<(usize, f64)> = None;
         let mut block = self.start();
         self.orthonormalise(&mut block)?;
         loop {
             let nothing_new = self.step(&mut block)?;
-            let full = self.size + Self::WIDTH > limit;
+            let full = self.size + WIDTH > limit;
             if self.size < next_look && !nothing_new && !full {
                 continue;
             }
@@ -190,16 +193,16 @@ impl<'a, const G: usize> Iteration<'a, G> {
                 Goal::Until { .. } => wanted.map_or(0, |rank| rank * 7 / 4),
                 _ => 0,
             };
-            next_look = least.max(self.size + more * Self::WIDTH);
+            next_look = least.max(self.size + more * WIDTH);
         }
     }
 
     /// Adds a block to the basis and makes the next one of it, which may hold nothing new.
-    fn step(&mut self, block: &mut Block<G>) -> Result<bool, NotConverged> {
+    fn step(&mut self, block: &mut Block) -> Result<bool, NotConverged> {
         let (w, mut z) = self.sweep(block);
         self.basis.append(block);
         self.images.append(&w);
-        self.size += Self::WIDTH;
+        self.size += WIDTH;
         let past = z.clone();
         let nothing_new = self.orthonormalise(&mut z)?;
         self.coupling = product(&z, &past);
@@ -210,11 +213,11 @@ impl<'a, const G: usize> Iteration<'a, G> {
     /// How many more blocks should bring an excess down to 1, in units of the accuracy, if it goes on to
     /// shrink as it has since an earlier look. Looks are not free, and neither are blocks.
     fn blocks_to_go(&self, excess: Option<f64>, last: Option<(usize, f64)>) -> usize {
-        let most = (self.size / (6 * Self::WIDTH)).max(1);
+        let most = (self.size / (6 * WIDTH)).max(1);
         let Some(excess) = excess.filter(|excess| excess.is_finite()) else { return most };
         let shrinks = match last {
             Some((size, before)) if before.is_finite() && before > excess => {
-                (before / excess).powf(Self::WIDTH as f64 / (self.size - size) as f64)
+                (before / excess).powf(WIDTH as f64 / (self.size - size) as f64)
             }
             _ => SHRINKS,
         };
@@ -225,7 +228,7 @@ impl<'a, const G: usize> Iteration<'a, G> {
     /// The first block. Of a wide matrix it is taken from the row space, by Aᵀ: of a random vector's
     /// length only a share of m/n lies there, and what A does to later blocks, which the certificate
     /// goes by, would be as much too small.
-    fn start(&mut self) -> Block<G> {
+    fn start(&mut self) -> Block {
         if self.cols <= self.rows {
             return self.random_block(self.cols);
         }
@@ -237,7 +240,7 @@ impl<'a, const G: usize> Iteration<'a, G> {
     }
 
     /// W = A·V and Z = Aᵀ·W of a block.
-    fn sweep(&self, v: &Block<G>) -> (Block<G>, Block<G>) {
+    fn sweep(&self, v: &Block) -> (Block, Block) {
         let mut w = vec![BlockRow::ZERO; self.rows];
         let isa = self.options.isa;
         let z = self.in_parts(&mut w, |rows, w, z, scratch| {
@@ -249,14 +252,14 @@ impl<'a, const G: usize> Iteration<'a, G> {
     /// The sum of the Z that some rows of A at a time make with the same rows of W.
     fn in_parts(
         &self,
-        w: &mut [BlockRow<G>],
-        multiply: impl Fn(Rows<'_>, &mut [BlockRow<G>], &mut [BlockRow<G>], &mut SweepScratch) + Sync,
-    ) -> Block<G> {
-        let bytes = self.cols * size_of::<BlockRow<G>>();
+        w: &mut [BlockRow<1>],
+        multiply: impl Fn(Rows<'_>, &mut [BlockRow<1>], &mut [BlockRow<1>], &mut SweepScratch) + Sync,
+    ) -> Block {
+        let bytes = self.cols * size_of::<BlockRow<1>>();
         let parts = (PARTIAL_BYTES / bytes).clamp(1, PARTS).min(self.rows.div_ceil(PART_ROWS));
         let each = self.rows.div_ceil(parts).next_multiple_of(8);
         let zero = || vec![BlockRow::ZERO; self.cols];
-        let one = |part: usize, w: &mut [BlockRow<G>], z: &mut Block<G>| {
+        let one = |part: usize, w: &mut [BlockRow<1>], z: &mut Block| {
             let (mut scratch, mut room) = (SweepScratch::new(), Vec::new());
             let first = part * each;
             // A few rows at a time where they have to be decoded.
@@ -281,7 +284,7 @@ impl<'a, const G: usize> Iteration<'a, G> {
             }
             return sum;
         }
-        let partial: Vec<Block<G>> = w
+        let partial: Vec<Block> = w
             .par_chunks_mut(each)
             .enumerate()
             .map(|(part, w)| {
@@ -296,7 +299,7 @@ impl<'a, const G: usize> Iteration<'a, G> {
     /// Makes a block orthonormal and orthogonal to the basis. Columns that the basis holds already
     /// are replaced by random ones; says whether all of them were: then A maps the basis into itself
     /// as far as f32 tells, and either nothing of A lies outside or it is small.
-    fn orthonormalise(&mut self, block: &mut Block<G>) -> Result<bool, NotConverged> {
+    fn orthonormalise(&mut self, block: &mut Block) -> Result<bool, NotConverged> {
         /// A length (squared) that has shrunk no further keeps its digits: Kahan and Parlett's rule.
         const KEEPS: f64 = 0.25;
         let past = self.size > 0;
@@ -304,7 +307,7 @@ impl<'a, const G: usize> Iteration<'a, G> {
         let mut least = NEGLIGIBLE * energies(block).into_iter().fold(0.0, f64::max);
         let mut nothing_new = false;
         // What AᵀA makes lies in the last two blocks and the next one, but for rounding.
-        let mut first = self.size.saturating_sub(2 * Self::WIDTH);
+        let mut first = self.size.saturating_sub(2 * WIDTH);
         for round in 0..6 {
             self.basis.take_out_of(isa, block, first);
             let eigen = self.options.dense.symmetric_eigen(gram(block).view())?;
@@ -315,20 +318,20 @@ impl<'a, const G: usize> Iteration<'a, G> {
             if round == 0 {
                 nothing_new = past && kept == 0;
             }
-            let mut turn = Array2::<f32>::zeros((Self::WIDTH, Self::WIDTH));
+            let mut turn = Array2::<f32>::zeros((WIDTH, WIDTH));
             for (index, &value) in eigen.values.iter().enumerate().take(kept) {
                 let scaled = eigen.vectors.column(index).mapv(|x| (x / value.sqrt()) as f32);
                 turn.column_mut(index).assign(&scaled);
             }
             rotate(isa, block, &turn);
-            if kept < Self::WIDTH {
+            if kept < WIDTH {
                 let length = (self.cols as f32).sqrt().recip();
                 for row in block.iter_mut() {
                     for lane in row.0.as_flattened_mut().iter_mut().skip(kept) {
                         *lane = self.random.normal() as f32 * length;
                     }
                 }
-            } else if round > 0 && eigen.values[Self::WIDTH - 1] >= KEEPS {
+            } else if round > 0 && eigen.values[WIDTH - 1] >= KEEPS {
                 break;
             }
             // From here on the columns have length one, and all of the basis is looked at.
@@ -338,7 +341,7 @@ impl<'a, const G: usize> Iteration<'a, G> {
         Ok(nothing_new)
     }
 
-    fn random_block(&mut self, rows: usize) -> Block<G> {
+    fn random_block(&mut self, rows: usize) -> Block {
         let mut block = vec![BlockRow::ZERO; rows];
         for row in &mut block {
             for lane in row.0.as_flattened_mut() {
@@ -366,7 +369,7 @@ impl<'a, const G: usize> Iteration<'a, G> {
     /// The eigenvalues of [T, Hᵀ; H, μI] and as many μ as there are further dimensions, descending: see
     /// the certificate in the module's documentation.
     fn bordered(&self) -> Result<Vec<f64>, NotConverged> {
-        let (size, width, dense) = (self.size, Self::WIDTH, self.options.dense);
+        let (size, width, dense) = (self.size, WIDTH, self.options.dense);
         let outside = (self.energy - self.gram.diag().sum()).max(0.0);
         let largest = |matrix: ArrayView2<'_, f64>| -> Result<f64, NotConverged> {
             Ok(dense.symmetric_values(matrix)?.first().map_or(0.0, |value| value.max(0.0)))
