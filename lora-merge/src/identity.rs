@@ -9,7 +9,7 @@ use lora_format::model::Adapter;
 use crate::error::{Error, PlanProblem, Result};
 use crate::numbers::float_type;
 use crate::parameters::{Parameter, Parameters, Source};
-use crate::place::{Part, Placed};
+use crate::place::{Part, Placed, wanted};
 use crate::resolve::{self, Wanted};
 
 /// Compares an adapter's fingerprint with the base; reads a few pages per sampled target.
@@ -130,15 +130,9 @@ pub fn stamp(adapter: &Adapter, base: &Checkpoint) -> Result<Fingerprint> {
         problems,
     };
     let parameters = Parameters::of(base).map_err(refuse)?;
-    let wanted: Vec<Wanted<'_>> = adapter
-        .components
-        .iter()
-        .map(|component| Wanted {
-            module: &component.target.module,
-            parameter: &component.target.parameter,
-            optional: false,
-        })
-        .collect();
+    // A head that the base does not store, since it is tied or new, has no values to sample.
+    let wanted: Vec<Wanted<'_>> =
+        adapter.components.iter().map(|component| wanted(component, &parameters)).collect();
     let resolution = resolve::resolve(&wanted, &parameters);
     if !resolution.problems.is_empty() {
         return Err(refuse(resolution.problems));

@@ -128,7 +128,8 @@ fn refuse_overlaps(
     }
 }
 
-fn wanted<'a>(component: &'a Component, parameters: &Parameters) -> Wanted<'a> {
+/// What a component asks the base for.
+pub(crate) fn wanted<'a>(component: &'a Component, parameters: &Parameters) -> Wanted<'a> {
     let Target { module, parameter } = &component.target;
     let optional = match &component.form {
         // The base may have no head of this kind yet.

@@ -328,3 +328,44 @@ fn a_real_layout_with_conv1d() {
         }
     }
 }
+
+/// A table that the base has twice, one way or the other, is replaced in both places.
+#[test]
+fn a_table_that_is_the_head_too_is_stored_whole_as_both() {
+    const TABLE: &str = "model.embed_tokens.weight";
+    const HEAD: &str = "lm_head.weight";
+    let scratch = Scratch::new();
+    let mut prng = Prng::new(12);
+    let of = |name: &str, values: &[f64]| Tensor::new(name, Dtype::F32, &[32, COLS], values);
+    let (before, after) = (prng.values(32 * COLS, 0.5), prng.values(32 * COLS, 0.5));
+    let norm = |value: f64| Tensor::new("model.norm.weight", Dtype::F32, &[COLS], &[value; COLS]);
+    // Tied by the configuration: neither model stores the head.
+    for (model, table, norm) in [("from", &before, norm(1.0)), ("to", &after, norm(2.0))] {
+        let directory = scratch.path(model);
+        std::fs::create_dir(&directory).unwrap();
+        write_tensors(&directory.join("model.safetensors"), &[of(TABLE, table), norm], &[]);
+        let config = r#"{"model_type": "llama", "tie_word_embeddings": true}"#;
+        std::fs::write(directory.join("config.json"), config).unwrap();
+    }
+    // A copy in the base, and no head in the fine-tune.
+    let base = [of(TABLE, &before), of(HEAD, &before), norm(1.0)];
+    write_tensors(&scratch.path("from.safetensors"), &base, &[]);
+    write_tensors(&scratch.path("to.safetensors"), &[of(TABLE, &after), norm(2.0)], &[]);
+    for (from, to, merged, weights) in [
+        ("from", "to", "merged", "merged/model.safetensors"),
+        ("from.safetensors", "to.safetensors", "merged.safetensors", "merged.safetensors"),
+    ] {
+        let full = ["--rank", "4", "--full", "embeddings,norms", "-o", "a.safetensors", "--force"];
+        let ran = scratch.cli(&[&["extract", from, to][..], &full].concat());
+        assert_eq!(ran.code, Some(0), "{}", ran.stderr);
+        assert!(ran.stderr.contains(&format!("`{TABLE}` is `{HEAD}` too")), "{}", ran.stderr);
+        let ran = scratch.cli(&["merge", from, "a.safetensors", "-o", merged]);
+        assert_eq!(ran.code, Some(0), "{}", ran.stderr);
+        let tensors = read_tensors(&scratch.path(weights));
+        let stored = of(TABLE, &after).values();
+        assert!(tensors[TABLE].values() == stored);
+        assert!(tensors.get(HEAD).is_none_or(|head| head.values() == stored));
+        assert_eq!(tensors.contains_key(HEAD), from == "from.safetensors");
+        assert_eq!(tensors["model.norm.weight"].values()[0], 2.0);
+    }
+}

@@ -15,7 +15,7 @@
 
 mod work;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use lora_format::fingerprint::BaseIdentity;
 use lora_format::model::{Component, Form, Layer, LowRank, Scaling, ScalingRule, Target};
@@ -31,7 +31,7 @@ use crate::engine::Progress;
 use crate::error::Result;
 use crate::noise::{self, NoiseEstimate, Storage};
 use crate::numbers::float_type;
-use crate::pair::{Change, Kind, Mapped, Pair, Pairing, Tie, measure, profiles};
+use crate::pair::{Change, Kind, Mapped, Pair, PairNote, Pairing, Side, Tie, measure, profiles};
 use crate::rank::{Bound, Choice, RankError, RankLimits, RankPolicy, Ruling, choose};
 use crate::resize::Ranks;
 use crate::schedule::Schedule;
@@ -617,16 +617,21 @@ impl<'a> Extraction<'a> {
         Component { target: target(&pair.name), form: Form::LowRank(form) }
     }
 
-    /// The head that a stored table is tied to in both models, by the name that the base has or
-    /// would have for it.
-    fn tied_head(&self, table: &str) -> Option<String> {
-        let pair = self.pairing.pairs.iter().find(|pair| pair.name == table)?;
-        if pair.tie != Tie::Both {
-            return None;
+    /// Other parameters of the base that a table is: the head that it is tied to in both models, by the
+    /// name that the base has or would have for it, and copies that only the base stores.
+    fn other_names(&self, table: &str) -> BTreeSet<String> {
+        let mut names = BTreeSet::new();
+        let pair = self.pairing.pairs.iter().find(|pair| pair.name == table);
+        if pair.is_some_and(|pair| pair.tie == Tie::Both) {
+            let mut stored = self.pairing.base_parameters().all().iter();
+            let head = stored.find(|parameter| vocabulary::is_output_head(&parameter.name));
+            names.extend(head.map(|head| head.name.clone()).or_else(|| vocabulary::head_of(table)));
         }
-        let mut stored = self.pairing.base_parameters().all().iter();
-        let head = stored.find(|parameter| vocabulary::is_output_head(&parameter.name));
-        head.map(|head| head.name.clone()).or_else(|| vocabulary::head_of(table))
+        names.extend(self.pairing.notes.iter().filter_map(|note| match note {
+            PairNote::Repeats { side: Side::Base, name, of } if of == table => Some(name.clone()),
+            _ => None,
+        }));
+        names
     }
 
     /// Parameters that are stored whole, as they lie in the fine-tuned model's files.
@@ -652,14 +657,14 @@ impl<'a> Extraction<'a> {
         for shard in self.pairing.tuned.shards() {
             for tensor in map_all(&shard.file)? {
                 if let Some((name, kind, change)) = wanted.remove(tensor.name.as_str()) {
-                    // A table that is tied to the head replaces both: no merge has to ask which
-                    // of them is meant.
-                    if let Some(head) = self.tied_head(&name) {
+                    // A table that the base has under several names replaces all of them: no merge
+                    // has to ask which is meant.
+                    for other in self.other_names(&name) {
                         let form = Form::Replaced(tensor.clone());
-                        components.push(Component { target: target(&head), form });
+                        components.push(Component { target: target(&other), form });
                         report
                             .notes
-                            .push(format!("`{name}` is tied to `{head}`: it is stored as both"));
+                            .push(format!("`{name}` is `{other}` too: it is stored as both"));
                     }
                     components
                         .push(Component { target: target(&name), form: Form::Replaced(tensor) });
