@@ -36,7 +36,7 @@ use crate::rank::{Bound, Choice, RankError, RankLimits, RankPolicy, Ruling, choo
 use crate::resize::Ranks;
 use crate::schedule::Schedule;
 use crate::spectrum::{Reached, Spectrum};
-use crate::svd::{Decomposition, Goal, SvdOptions, decompose, residual};
+use crate::svd::{self, Decomposition, Goal, SvdOptions, decompose, residual};
 
 /// What is extracted, and how.
 #[derive(Debug)]
@@ -277,8 +277,7 @@ impl<'a> Extraction<'a> {
             .targets()
             .map(|(index, _)| {
                 let (rows, cols) = self.pairing.pairs[index].matrix();
-                let basis = (rows.min(cols) * 3 / 8) as u64;
-                (rows + cols) as u64 * basis * 4 + (64 << 20)
+                svd::memory_bound(rows, cols)
             })
             .collect();
         each.sort_unstable_by(|a, b| b.cmp(a));

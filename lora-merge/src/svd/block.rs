@@ -73,44 +73,35 @@ pub(super) fn energies<const G: usize>(block: &[BlockRow<G>]) -> Vec<f64> {
 
 /// XᵀY of two blocks, b × b.
 pub(super) fn product<const G: usize>(x: &[BlockRow<G>], y: &[BlockRow<G>]) -> Array2<f64> {
-    let width = G * LANES;
     let runs = x.par_chunks(RUN).zip(y.par_chunks(RUN));
-    let parts: Vec<Mat<f64>> = runs
-        .map(|(x, y)| {
-            with_ieee_floats(|| {
-                let (x, y) = (widened(x), widened(y));
-                // Row-major n × b is column-major b × n.
-                let x = MatRef::from_column_major_slice(&x, width, x.len() / width);
-                let y = MatRef::from_column_major_slice(&y, width, y.len() / width);
-                let mut part = Mat::zeros(width, width);
-                matmul(part.as_mut(), Accum::Replace, x, y.transpose(), 1.0, Par::Seq);
-                part
-            })
-        })
-        .collect();
-    Array2::from_shape_fn((width, width), |(row, col)| {
-        parts.iter().map(|part| part[(row, col)]).sum()
-    })
+    let parts = runs.map(|(x, y)| with_ieee_floats(|| inner::<G>(&widened(x), &widened(y))));
+    total::<G>(parts.collect())
 }
 
 /// XᵀX of a block.
 pub(super) fn gram<const G: usize>(x: &[BlockRow<G>]) -> Array2<f64> {
-    let width = G * LANES;
-    let parts: Vec<Mat<f64>> = x
-        .par_chunks(RUN)
-        .map(|x| {
-            with_ieee_floats(|| {
-                let x = widened(x);
-                let x = MatRef::from_column_major_slice(&x, width, x.len() / width);
-                let mut part = Mat::zeros(width, width);
-                matmul(part.as_mut(), Accum::Replace, x, x.transpose(), 1.0, Par::Seq);
-                part
-            })
+    let parts = x.par_chunks(RUN).map(|x| {
+        with_ieee_floats(|| {
+            let x = widened(x);
+            inner::<G>(&x, &x)
         })
-        .collect();
-    Array2::from_shape_fn((width, width), |(row, col)| {
-        parts.iter().map(|part| part[(row, col)]).sum()
-    })
+    });
+    total::<G>(parts.collect())
+}
+
+/// XᵀY of some rows.
+fn inner<const G: usize>(x: &[f64], y: &[f64]) -> Mat<f64> {
+    let width = G * LANES;
+    // Row-major n × b is column-major b × n.
+    let x = MatRef::from_column_major_slice(x, width, x.len() / width);
+    let y = MatRef::from_column_major_slice(y, width, y.len() / width);
+    let mut part = Mat::zeros(width, width);
+    matmul(part.as_mut(), Accum::Replace, x, y.transpose(), 1.0, Par::Seq);
+    part
+}
+
+fn total<const G: usize>(parts: Vec<Mat<f64>>) -> Array2<f64> {
+    Array2::from_shape_fn((G * LANES, G * LANES), |at| parts.iter().map(|part| part[at]).sum())
 }
 
 /// X ← X·Q, Q b × b.

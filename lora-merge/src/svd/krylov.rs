@@ -46,7 +46,7 @@ const PARTS: usize = 16;
 const PART_ROWS: usize = 512;
 
 /// Bytes of all Z together, at most.
-const PARTIAL_BYTES: usize = 64 << 20;
+pub(super) const PARTIAL_BYTES: usize = 64 << 20;
 
 /// A column of Z that shrinks below this share of its length (squared) when the basis is taken out
 /// of it is rounding noise of f32.
@@ -63,6 +63,11 @@ const COUPLINGS: f64 = 1.5;
 
 /// By how much the estimated excess shrinks with a further block, about, where that has not been seen.
 const SHRINKS: f64 = 2.0;
+
+/// How many vectors a basis has at most, beyond which the Gram matrix of the short side is cheaper.
+pub(super) fn largest_basis(short: usize) -> usize {
+    short / 2
+}
 
 /// `None` if a decomposition that is worth it was not reached: the Gram matrix is cheaper then.
 pub(super) fn decompose(
@@ -127,7 +132,7 @@ impl<'a> Iteration<'a> {
 
     fn run(mut self, goal: Goal<'_>) -> Result<Option<Decomposition>, NotConverged> {
         let short = self.rows.min(self.cols);
-        let limit = short / 2;
+        let limit = largest_basis(short);
         let mut wanted = match goal {
             Goal::Rank(rank) => Some(rank),
             _ => None,
@@ -362,7 +367,7 @@ impl<'a> Iteration<'a> {
         let (values, above) =
             rayon::join(|| dense.symmetric_values(self.gram.view()), || self.bordered());
         let values = values?;
-        let optimum = self.optimum(&values, above?);
+        let optimum = self.optimum(&values, &above?);
         Ok(Look { values, optimum })
     }
 
@@ -389,7 +394,7 @@ impl<'a> Iteration<'a> {
     }
 
     /// Bounds from below on what is left over at ranks from 0 to l.
-    fn optimum(&self, values: &[f64], above: Vec<f64>) -> Vec<f64> {
+    fn optimum(&self, values: &[f64], above: &[f64]) -> Vec<f64> {
         let (mut captured, mut behind) = (0.0, values.iter().map(|x| x.max(0.0)).sum::<f64>());
         let mut optimum = vec![self.energy];
         for (bound, value) in above.iter().zip(values) {

@@ -205,6 +205,13 @@ pub fn decompose(
     gram::decompose(matrix, energy, goal, options)
 }
 
+/// A bound on the bytes that the vectors and partial sums of a truncated decomposition take.
+#[must_use]
+pub fn memory_bound(rows: usize, cols: usize) -> u64 {
+    let vectors = krylov::largest_basis(rows.min(cols)) as u64;
+    (rows + cols) as u64 * vectors * 4 + krylov::PARTIAL_BYTES as u64
+}
+
 /// Short sides up to which the Gram matrix costs less than an iteration.
 const SMALL: usize = 256;
 
