@@ -10,10 +10,12 @@ use std::path::{Component, Path, PathBuf};
 use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::{Map, Value};
 
-use crate::codec::{existing, open_safetensors};
+use crate::codec::existing;
+use crate::container::Container;
 use crate::container::safetensors::{Bounded, SafetensorsFile, TensorInfo};
 use crate::error::{DetectProblem, Error, IndexProblem, IoContext, Result};
 use crate::io;
+use crate::io::opened::OpenedFile;
 use crate::json;
 use crate::limits;
 use crate::model::Note;
@@ -47,6 +49,17 @@ pub enum Layout {
     Sharded,
 }
 
+/// Opens a safetensors file, and says of a file that is plainly something else what it is.
+fn open_plain(path: &Path) -> Result<SafetensorsFile> {
+    let opened = OpenedFile::open(path)?;
+    if Container::of(&opened)? != Container::Safetensors {
+        let suffix = path.extension().unwrap_or_default().to_string_lossy().to_ascii_lowercase();
+        let problem = DetectProblem::OtherContainer { suffix: format!(".{suffix}") };
+        return Err(Error::Unrecognised { path: path.to_owned(), problem });
+    }
+    SafetensorsFile::of(opened)
+}
+
 /// One safetensors file of a model.
 #[derive(Debug)]
 pub struct Shard {
@@ -78,7 +91,7 @@ impl Checkpoint {
             return Err(unrecognised(DetectProblem::NotFound));
         };
         if metadata.is_file() {
-            let file = open_safetensors(path)?;
+            let file = open_plain(path)?;
             return Checkpoint::of_single(path, Layout::File, file);
         }
         // transformers looks for the single file first.

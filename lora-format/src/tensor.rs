@@ -3,10 +3,11 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::container::safetensors::{OpenedFile, SafetensorsFile};
+use crate::container::safetensors::SafetensorsFile;
 use crate::dtype::Dtype;
 use crate::error::Result;
 use crate::io::mmap::Mapping;
+use crate::io::opened::OpenedFile;
 
 /// A named tensor. Cloning shares the bytes.
 #[derive(Clone, Debug)]
@@ -29,12 +30,26 @@ enum Data {
 
 /// A mapping with the file that it is of.
 #[derive(Debug)]
-pub(crate) struct MappedFile {
+pub struct MappedFile {
     opened: Arc<OpenedFile>,
     mapping: Mapping,
 }
 
 impl MappedFile {
+    /// Maps an open file.
+    ///
+    /// # Errors
+    /// [`crate::Error::Io`].
+    pub fn of(opened: Arc<OpenedFile>) -> Result<MappedFile> {
+        let mapping = opened.map()?;
+        Ok(MappedFile { opened, mapping })
+    }
+
+    /// The whole file, as it was when it was opened or longer.
+    pub fn bytes(&self) -> &[u8] {
+        &self.mapping
+    }
+
     /// Refuses a file that was written to since it was opened.
     pub(crate) fn ensure_unchanged(&self) -> Result<()> {
         self.opened.ensure_unchanged()
@@ -52,11 +67,29 @@ impl Tensor {
         })
     }
 
+    /// A tensor whose little-endian bytes lie in `range` of a file, or `None` if they do not or their
+    /// number does not fit.
+    pub fn mapped(
+        file: &Arc<MappedFile>,
+        name: String,
+        dtype: Dtype,
+        shape: Vec<usize>,
+        range: Range<usize>,
+    ) -> Option<Tensor> {
+        let found = file.bytes().get(range.clone())?.len() as u64;
+        (dtype.tensor_bytes(&shape) == Some(found)).then(|| Tensor {
+            name,
+            dtype,
+            shape,
+            data: Data::Mapped { file: Arc::clone(file), range },
+        })
+    }
+
     /// Its little-endian bytes, row-major. No alignment is promised.
     pub fn bytes(&self) -> &[u8] {
         match &self.data {
-            // In range: the header was validated against the file's length, and the mapping
-            // was checked to be no shorter.
+            // In range: it was checked against the mapping's length when the tensor was made, or the
+            // header was against the file's length, and the mapping is no shorter.
             Data::Mapped { file, range } => &file.mapping[range.clone()],
             Data::Owned(bytes) => bytes,
         }
@@ -104,7 +137,7 @@ impl Tensor {
 /// # Errors
 /// [`crate::Error::Io`] if the file cannot be mapped.
 pub fn map_all(file: &SafetensorsFile) -> Result<Vec<Tensor>> {
-    let mapped = Arc::new(MappedFile { opened: file.opened(), mapping: file.map()? });
+    let mapped = Arc::new(MappedFile::of(file.opened())?);
     let header = file.header();
     let at = |offset: u64| (header.data_start + offset) as usize;
     Ok(header

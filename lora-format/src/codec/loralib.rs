@@ -17,7 +17,7 @@ use serde_json::Map;
 
 use super::ReadOptions;
 use crate::blocks::{self, Move};
-use crate::container::safetensors::{Header, SafetensorsFile};
+use crate::container::TensorFile;
 use crate::error::{AdapterProblem, DetectProblem, Error, ExpansionProblem, Result};
 use crate::factors::{self, FactorTensors};
 use crate::fingerprint::BaseIdentity;
@@ -25,7 +25,7 @@ use crate::limits;
 use crate::model::{
     Adapter, AdapterFormat, Component, Form, Layer, LowRank, Note, Scaling, ScalingRule, Target,
 };
-use crate::tensor::{self, Tensor};
+use crate::tensor::Tensor;
 
 pub use crate::blocks::Expansions;
 
@@ -33,14 +33,13 @@ const A_SUFFIX: &str = ".lora_A";
 const B_SUFFIX: &str = ".lora_B";
 
 /// Whether a file holds loralib's factors.
-pub(super) fn is_loralib(header: &Header) -> bool {
-    let is_factor = |name: &str| name.ends_with(A_SUFFIX) || name.ends_with(B_SUFFIX);
-    header.tensors.iter().any(|tensor| is_factor(&tensor.name))
+pub(super) fn is_loralib(file: &TensorFile) -> bool {
+    file.any_name(|name| name.ends_with(A_SUFFIX) || name.ends_with(B_SUFFIX))
 }
 
 /// Reads a file of loralib's factors.
-pub(super) fn read(file: &SafetensorsFile, options: &ReadOptions) -> Result<Adapter> {
-    let path = file.path();
+pub(super) fn read(file: TensorFile, options: &ReadOptions) -> Result<Adapter> {
+    let path = &file.path;
     let meaningless = |option, reason| Error::Meaningless { path: path.to_owned(), option, reason };
     if !options.ignore_fields.is_empty() {
         return Err(meaningless("field to ignore", "loralib writes no configuration"));
@@ -55,7 +54,9 @@ pub(super) fn read(file: &SafetensorsFile, options: &ReadOptions) -> Result<Adap
     let mut modules: BTreeMap<String, FactorTensors> = BTreeMap::new();
     let mut components = Vec::new();
     let mut problems = Vec::new();
-    for tensor in tensor::map_all(file)? {
+    let stored = file.tensors.iter().map(|tensor| tensor.bytes().len() as u64).sum();
+    let metadata = file.own_metadata();
+    for tensor in file.tensors {
         let module = |suffix| tensor.name.strip_suffix(suffix).map(str::to_owned);
         if let Some(module) = module(A_SUFFIX) {
             modules.entry(module).or_default().a = Some(tensor);
@@ -68,8 +69,7 @@ pub(super) fn read(file: &SafetensorsFile, options: &ReadOptions) -> Result<Adap
             problems.push(AdapterProblem::UnusedTensor { tensor: tensor.name });
         }
     }
-    let stored = file.header().tensors.iter().map(|tensor| tensor.end - tensor.start);
-    let mut expansions = Expansions::new(stored.sum());
+    let mut expansions = Expansions::new(stored);
     for (module, factors) in modules {
         let groups = options.enable_lora.as_deref();
         let built = low_rank(&module, factors, scaling, groups, &mut expansions, &mut problems);
@@ -92,7 +92,7 @@ pub(super) fn read(file: &SafetensorsFile, options: &ReadOptions) -> Result<Adap
         components,
         base: BaseIdentity { name: None, revision: None, fingerprint: None },
         fan_in_fan_out: None,
-        metadata: file.header().metadata.iter().filter(|e| e.0 != "format").cloned().collect(),
+        metadata,
         source: None,
         extensions: Map::new(),
         notes: vec![Note::AlphaGiven { alpha: alpha.to_string() }],

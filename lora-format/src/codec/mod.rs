@@ -10,8 +10,10 @@ pub mod peft;
 use std::path::{Path, PathBuf};
 
 use crate::container::safetensors::SafetensorsFile;
+use crate::container::{Container, TensorFile};
 use crate::error::{DetectProblem, Error, Result};
 use crate::model::Adapter;
+use crate::io::opened::OpenedFile;
 use crate::native;
 
 /// What the user may say about an adapter that its files do not.
@@ -42,28 +44,35 @@ pub fn read(path: &Path, options: &ReadOptions) -> Result<Adapter> {
     if metadata.is_dir() {
         return peft::read_directory(path, options);
     }
-    let file = open_safetensors(path)?;
-    if native::is_native(file.header()) {
-        let adapter = native::read(&file)?;
-        refuse_options(path, options)?;
-        return Ok(adapter);
+    let opened = OpenedFile::open(path)?;
+    if Container::of(&opened)? == Container::Safetensors {
+        let file = SafetensorsFile::of(opened)?;
+        if native::is_native(file.header()) {
+            let adapter = native::read(&file)?;
+            refuse_options(path, options)?;
+            return Ok(adapter);
+        }
+        return read_tensors(TensorFile::of_safetensors(&file)?, options);
     }
-    let config = peft::config_beside(path);
-    let named = path.file_name().is_some_and(|name| name == peft::MODEL_FILE);
-    if peft::is_peft(file.header()) || (named && config.is_some()) {
-        return peft::read_file(&file, config.as_deref(), options);
+    read_tensors(TensorFile::of(opened)?, options)
+}
+
+/// Reads the tensors of another format, in whatever container.
+fn read_tensors(file: TensorFile, options: &ReadOptions) -> Result<Adapter> {
+    let config = peft::config_beside(&file.path);
+    let named = file.path.file_name().is_some_and(|name| name == peft::MODEL_FILE);
+    if peft::is_peft(&file) || (named && config.is_some()) {
+        return peft::read_file(file, config.as_deref(), options);
     }
-    if loralib::is_loralib(file.header()) {
+    if loralib::is_loralib(&file) {
         return match config {
-            Some(config) => peft::read_file(&file, Some(&config), options),
-            None => loralib::read(&file, options),
+            Some(config) => peft::read_file(file, Some(&config), options),
+            None => loralib::read(file, options),
         };
     }
-    let tensors = &file.header().tensors;
-    Err(unrecognised(DetectProblem::NotAnAdapter {
-        tensors: tensors.len(),
-        first: tensors.first().map(|tensor| tensor.name.clone()),
-    }))
+    let first = file.tensors.first().map(|tensor| tensor.name.clone());
+    let problem = DetectProblem::NotAnAdapter { tensors: file.tensors.len(), first };
+    Err(Error::Unrecognised { path: file.path, problem })
 }
 
 /// Our own format leaves nothing open that the user could say.
@@ -80,16 +89,6 @@ fn refuse_options(path: &Path, options: &ReadOptions) -> Result<()> {
         return Ok(());
     };
     Err(Error::Meaningless { path: path.to_owned(), option, reason })
-}
-
-/// Opens a safetensors file, and says of a file that is plainly something else what it is.
-pub(crate) fn open_safetensors(path: &Path) -> Result<SafetensorsFile> {
-    let suffix = path.extension().unwrap_or_default().to_string_lossy().to_ascii_lowercase();
-    if ["bin", "pt", "pth", "ckpt", "gguf", "npz"].contains(&suffix.as_str()) {
-        let problem = DetectProblem::OtherContainer { suffix: format!(".{suffix}") };
-        return Err(Error::Unrecognised { path: path.to_owned(), problem });
-    }
-    SafetensorsFile::open(path)
 }
 
 /// The file called `name` in `directory`, if it is there.

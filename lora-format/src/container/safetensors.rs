@@ -13,16 +13,16 @@
 
 use std::fmt;
 use std::fs::File;
-use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::io::{Read, Seek};
+use std::path::Path;
 use std::sync::Arc;
-use std::time::SystemTime;
 
 use serde::de::{self, Deserialize, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
 use crate::dtype::Dtype;
 use crate::error::{Error, HeaderProblem, IoContext, Result, Shape};
 use crate::io::mmap::Mapping;
+use crate::io::opened::OpenedFile;
 use crate::limits;
 
 /// The key of the file's own string map.
@@ -73,7 +73,7 @@ impl Header {
     ///
     /// # Errors
     /// [`Error::Io`], or [`Error::Header`] with the rule that is broken.
-    pub fn read(path: &Path, file: &mut File, file_bytes: u64) -> Result<Header> {
+    pub fn read(path: &Path, file: &mut impl Read, file_bytes: u64) -> Result<Header> {
         let invalid = |problem| Error::Header { path: path.to_owned(), problem };
         if file_bytes < 8 {
             return Err(invalid(HeaderProblem::TooShort { file_bytes }));
@@ -489,35 +489,33 @@ impl SafetensorsFile {
     /// # Errors
     /// [`Error::Io`], or [`Error::Header`] with the rule that is broken.
     pub fn open(path: &Path) -> Result<SafetensorsFile> {
-        let mut file = File::open(path).at(path, "open")?;
-        let metadata = file.metadata().at(path, "inspect")?;
-        if metadata.is_dir() {
-            let source = std::io::Error::from(std::io::ErrorKind::IsADirectory);
-            return Err(source).at(path, "open");
-        }
-        let header = Header::read(path, &mut file, metadata.len())?;
-        let opened = OpenedFile {
-            path: path.to_owned(),
-            file,
-            bytes: metadata.len(),
-            modified: metadata.modified().ok(),
-        };
+        SafetensorsFile::of(OpenedFile::open(path)?)
+    }
+
+    /// Reads the header of a file that was just opened.
+    ///
+    /// # Errors
+    /// As for [`SafetensorsFile::open`].
+    pub fn of(opened: OpenedFile) -> Result<SafetensorsFile> {
+        let mut file = opened.file();
+        file.rewind().at(opened.path(), "read")?;
+        let header = Header::read(opened.path(), &mut file, opened.bytes())?;
         Ok(SafetensorsFile { opened: Arc::new(opened), header })
     }
 
     /// Where the file is.
     pub fn path(&self) -> &Path {
-        &self.opened.path
+        self.opened.path()
     }
 
     /// The open file.
     pub fn file(&self) -> &File {
-        &self.opened.file
+        self.opened.file()
     }
 
     /// Its size when it was opened.
     pub fn file_bytes(&self) -> u64 {
-        self.opened.bytes
+        self.opened.bytes()
     }
 
     /// Its header.
@@ -538,38 +536,11 @@ impl SafetensorsFile {
     /// # Errors
     /// [`Error::Io`].
     pub fn map(&self) -> Result<Mapping> {
-        let OpenedFile { path, file, bytes, .. } = &*self.opened;
-        let mapping = Mapping::new(file).at(path, "map")?;
-        if (mapping.len() as u64) < *bytes {
-            let source = std::io::Error::other("the file became shorter while it was open");
-            return Err(source).at(path, "map");
-        }
-        Ok(mapping)
+        self.opened.map()
     }
 
     /// The file itself, which outlives this header as long as it is held.
     pub(crate) fn opened(&self) -> Arc<OpenedFile> {
         Arc::clone(&self.opened)
-    }
-}
-
-/// A file, and what it was when it was opened.
-#[derive(Debug)]
-pub(crate) struct OpenedFile {
-    path: PathBuf,
-    file: File,
-    bytes: u64,
-    modified: Option<SystemTime>,
-}
-
-impl OpenedFile {
-    /// Refuses the file if it was written to since it was opened.
-    pub(crate) fn ensure_unchanged(&self) -> Result<()> {
-        let metadata = self.file.metadata().at(&self.path, "inspect")?;
-        if metadata.len() != self.bytes || metadata.modified().ok() != self.modified {
-            let source = std::io::Error::other("the file was changed while it was being read");
-            return Err(source).at(&self.path, "use");
-        }
-        Ok(())
     }
 }

@@ -2,6 +2,7 @@
 
 pub mod atomic;
 pub mod mmap;
+pub mod opened;
 
 use std::fs::File;
 use std::io::Read;

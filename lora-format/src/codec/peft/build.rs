@@ -1,16 +1,17 @@
 //! Sorted tensors → components: what all methods share.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 
 use super::config::{Configuration, Configured, ScalingTable};
 use super::methods::Method;
 use super::tensors::{self, Full, Parts, Sorted};
 use super::{adalora, factored, lora, lycoris, rotation, small};
 use crate::blocks::Expansions;
-use crate::container::safetensors::SafetensorsFile;
+use crate::container::TensorFile;
 use crate::error::{AdapterProblem, DetectProblem, Error, Result, Shape};
 use crate::model::{Component, Form, Note, Target};
-use crate::tensor::{self, Tensor};
+use crate::tensor::Tensor;
 
 /// What is gathered while an adapter is read.
 pub(super) struct Builder<'a> {
@@ -27,16 +28,16 @@ pub(super) struct Builder<'a> {
 
 /// The components of the adapter in `file`.
 pub(super) fn read(
-    file: &SafetensorsFile,
+    file: TensorFile,
     config: Configuration<'_>,
     notes: &mut Vec<Note>,
 ) -> Result<Vec<Component>> {
     let mut problems = Vec::new();
-    let tensors = tensor::map_all(file)?;
+    let TensorFile { path, tensors, .. } = file;
     let stored = tensors.iter().map(|tensor| tensor.bytes().len() as u64).sum();
     let names: BTreeSet<String> = tensors.iter().map(|tensor| tensor.name.clone()).collect();
     let Sorted { modules, full, mut shared, passed_over } =
-        tensors::sort(tensors, &config, &mut problems).map_err(|error| error.about(file.path()))?;
+        tensors::sort(tensors, &config, &mut problems).map_err(|error| error.about(&path))?;
     let mut builder = Builder {
         config,
         problems,
@@ -76,7 +77,7 @@ pub(super) fn read(
         Method::C3a => small::build_circulants(&mut builder, modules),
         Method::Shira => small::build_sparse(&mut builder, modules),
     }
-    builder.finish(file, &names)
+    builder.finish(&path, &names)
 }
 
 impl Builder<'_> {
@@ -177,10 +178,10 @@ impl Builder<'_> {
     /// The components, sorted, if nothing is wrong and no tensor was left out.
     fn finish(
         mut self,
-        file: &SafetensorsFile,
+        path: &Path,
         names: &BTreeSet<String>,
     ) -> Result<Vec<Component>> {
-        let path = file.path().to_owned();
+        let path = path.to_owned();
         if !self.refused.is_empty() {
             let features = self.refused.iter();
             let features = features.map(|(reason, names)| tensors::summarise(reason, names));

@@ -25,8 +25,8 @@ pub use writer::{also_needed, write_directory};
 
 use self::config::Configuration;
 use self::methods::Method;
-use super::{ReadOptions, existing, open_safetensors};
-use crate::container::safetensors::{Header, SafetensorsFile};
+use super::{ReadOptions, existing};
+use crate::container::TensorFile;
 use crate::error::{DetectProblem, Error, IoContext, Result};
 use crate::fingerprint::BaseIdentity;
 use crate::io::atomic;
@@ -45,11 +45,9 @@ const B_SUFFIX: &str = ".lora_B.weight";
 
 /// Whether the tensors are named as PEFT's LoRA names them, or have the prefix of any of its
 /// methods.
-pub(super) fn is_peft(header: &Header) -> bool {
-    header.tensors.iter().any(|tensor| {
-        tensor.name.contains(".lora_A.")
-            || tensor.name.contains(".lora_B.")
-            || tensor.name.starts_with(PREFIX)
+pub(super) fn is_peft(file: &TensorFile) -> bool {
+    file.any_name(|name| {
+        name.contains(".lora_A.") || name.contains(".lora_B.") || name.starts_with(PREFIX)
     })
 }
 
@@ -76,8 +74,8 @@ pub(super) fn read_directory(path: &Path, options: &ReadOptions) -> Result<Adapt
             },
         }));
     };
-    let file = open_safetensors(&model)?;
-    let mut adapter = read_file(&file, existing(path, CONFIG_FILE).as_deref(), options)?;
+    let file = TensorFile::open(&model)?;
+    let mut adapter = read_file(file, existing(path, CONFIG_FILE).as_deref(), options)?;
     adapter.path = path.to_owned();
     Ok(adapter)
 }
@@ -97,11 +95,11 @@ fn adapters_inside(path: &Path) -> Result<Vec<String>> {
 
 /// Reads PEFT's tensors with the configuration at `config`, or with the user's alpha.
 pub(super) fn read_file(
-    file: &SafetensorsFile,
+    file: TensorFile,
     config: Option<&Path>,
     options: &ReadOptions,
 ) -> Result<Adapter> {
-    let path = file.path();
+    let path = &file.path.clone();
     let mut notes = Vec::new();
     let mut fields = match config {
         Some(config) => json::read_object(config, limits::CONFIG_BYTES)?,
@@ -130,6 +128,7 @@ pub(super) fn read_file(
     let config_path = config.unwrap_or(path);
     let method = config::check(config_path, &fields, options, &mut notes)?;
     let configuration = Configuration { path: config_path, fields: &fields, method, recorded };
+    let metadata = file.own_metadata();
     let components = build::read(file, configuration, &mut notes)?;
     Ok(Adapter {
         path: path.to_owned(),
@@ -137,7 +136,7 @@ pub(super) fn read_file(
         components,
         base: recorded_base(&fields),
         fan_in_fan_out: fields.get("fan_in_fan_out").and_then(Value::as_bool),
-        metadata: file.header().metadata.iter().filter(|e| e.0 != "format").cloned().collect(),
+        metadata,
         source,
         extensions: Map::new(),
         notes,
