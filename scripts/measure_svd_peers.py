@@ -659,7 +659,7 @@ def resize(options):
             note(f"lora-cli resize, round {turn}")
             remove(out)
             start = time.perf_counter()
-            command = [options.cli, "resize", adapter, "-o", out, "--rank", after]
+            command = [options.cli, "resize", adapter, "-o", out, "--to", "lora", "--rank", after]
             run([*command, "--threads", options.threads, "--quiet"])
             if turn:
                 ours.append(time.perf_counter() - start)

@@ -64,6 +64,12 @@ pub(crate) struct Arguments {
     /// Print a report as JSON on stdout
     #[arg(long)]
     pub(crate) json: bool,
+    /// Say nothing but errors and warnings
+    #[arg(short, long)]
+    quiet: bool,
+    /// Worker threads [default: one per core]
+    #[arg(long, default_value_t = 0, hide_default_value = true)]
+    threads: usize,
     // Last, for it has a heading of its own.
     #[command(flatten)]
     ranks: RankArguments,
@@ -157,8 +163,10 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
         RankChoice::PerTensor(rules) => Ranks::PerTensor(rules),
         RankChoice::Budget { bytes, limits } => Ranks::Budget { bytes, limits },
     };
-    let (resized, report) =
-        resize::resize(&adapter, ranks, arguments.dtype.dtype(), norms.as_ref())?;
+    let dtype = arguments.dtype.dtype();
+    let (resized, report) = lora_merge::analysis::on_threads(arguments.threads, || {
+        resize::resize(&adapter, ranks, dtype, norms.as_ref())
+    })?;
     let not_carried = format.not_carried(&adapter)?;
 
     progress::interruptible();
@@ -183,7 +191,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
     let text = text(arguments, &report, format);
     if arguments.dry_run {
         printer::data(&text)?;
-    } else {
+    } else if !arguments.quiet {
         printer::talk(text.trim_end());
     }
     Ok(Outcome::Done)
