@@ -369,6 +369,8 @@ pub enum AdapterProblem {
     AlphaTensor { tensor: String, dtype: Dtype, shape: Shape },
     #[error("`{module}`: the tensor `{tensor}` holds {stored}, the configuration gives {expected}")]
     AlphaMismatch { module: String, tensor: String, stored: f32, expected: f32 },
+    #[error("`{tensor}`: {dtype} {shape}; it must be one number")]
+    Scalar { tensor: String, dtype: Dtype, shape: Shape },
     #[error("`{tensor}` is missing; every pair of factors has an `.alpha` beside it")]
     MissingTensor { tensor: String },
     #[error("the configuration names the module `{module}`, which has no tensors")]

@@ -37,6 +37,7 @@ pub mod fingerprint;
 pub mod io;
 pub mod json;
 pub mod limits;
+pub mod metadata;
 pub mod model;
 pub mod native;
 pub mod pattern;

@@ -114,8 +114,16 @@ pub enum AdapterFormat {
     Native,
     /// A PEFT directory, or its `adapter_model.safetensors`.
     Peft,
-    /// What `loralib.lora_state_dict` returns, as a safetensors file.
+    /// What `loralib.lora_state_dict` returns, as a safetensors file or a pickle.
     Loralib,
+    /// A file of sd-scripts or LyCORIS.
+    Kohya,
+    /// A file of diffusers.
+    Diffusers,
+    /// A file with ComfyUI's generic names.
+    Comfy,
+    /// A file of OneTrainer.
+    OneTrainer,
 }
 
 impl AdapterFormat {
@@ -125,6 +133,10 @@ impl AdapterFormat {
             AdapterFormat::Native => "lora",
             AdapterFormat::Peft => "peft",
             AdapterFormat::Loralib => "loralib",
+            AdapterFormat::Kohya => "kohya",
+            AdapterFormat::Diffusers => "diffusers",
+            AdapterFormat::Comfy => "comfy",
+            AdapterFormat::OneTrainer => "onetrainer",
         }
     }
 }
@@ -202,6 +214,10 @@ pub enum Form {
     Experts(Experts),
     /// `W' = W + (λb⊙B)·(λd⊙A)` with factors that all layers share (VeRA).
     Shared(Shared),
+    /// `W' = W + s·B·T·A`, a convolution whose kernel has factors of its own (LoCon's `lora_mid`).
+    Tucker(Tucker),
+    /// `W' = m·V/‖V‖` with V the weight as another form changes it (DoRA of LyCORIS).
+    Decomposed(Decomposed),
     /// `W' = W + s·(B₁A₁)⊙(B₂A₂)` (LoHa).
     Hadamard(Hadamard),
     /// `W' = W + s·C⊗D` (LoKr).
@@ -257,6 +273,10 @@ impl Form {
                 [&form.a, &form.b].into_iter().chain(optional.into_iter().flatten()).collect()
             }
             Form::Experts(form) => vec![&form.a, &form.b],
+            Form::Tucker(form) => vec![&form.a, &form.b, &form.core],
+            Form::Decomposed(form) => {
+                form.change.tensors().into_iter().chain([&form.magnitude]).collect()
+            }
             Form::Shared(form) => vec![&form.a, &form.b, &form.in_gain, &form.out_gain],
             Form::Hadamard(form) => {
                 [&form.first, &form.second].into_iter().flat_map(Cores::tensors).collect()
@@ -286,6 +306,8 @@ impl Form {
             Form::LowRank(form) if form.magnitude.is_some() => "DoRA",
             Form::LowRank(form) if form.rank_gain.is_some() => "AdaLoRA",
             Form::LowRank(_) | Form::Experts(_) => "LoRA",
+            Form::Tucker(_) => "LoCon",
+            Form::Decomposed(_) => "DoRA",
             Form::Shared(_) => "VeRA",
             Form::Hadamard(_) => "LoHa",
             Form::Kronecker(_) => "LoKr",
@@ -326,6 +348,7 @@ impl Form {
             Form::LowRank(form) => form.magnitude.is_none(),
             Form::Tiled(form) => form.rule == TiledRule::Add,
             Form::Experts(_)
+            | Form::Tucker(_)
             | Form::Shared(_)
             | Form::Hadamard(_)
             | Form::Kronecker(_)
@@ -335,6 +358,7 @@ impl Form {
             | Form::Grid(_)
             | Form::Added { .. } => true,
             Form::Gain(_)
+            | Form::Decomposed(_)
             | Form::Rotation(_)
             | Form::Reflections(_)
             | Form::Butterfly(_)
@@ -446,6 +470,42 @@ pub struct Candidate {
     pub rank: usize,
 }
 
+/// A low-rank change of a convolution with a core (Tucker decomposition, as LyCORIS' LoCon stores
+/// it): `ΔW[o, i, κ] = s·Σ_{j,k} B[o, j]·T[j, k, κ]·A[k, i]`.
+#[derive(Clone, Debug)]
+pub struct Tucker {
+    /// A, rank × in, with ones behind.
+    pub a: Tensor,
+    /// B, out × rank, with ones behind.
+    pub b: Tensor,
+    /// T, rank × rank × kernel.
+    pub core: Tensor,
+    /// Where s comes from.
+    pub scaling: Scaling,
+}
+
+impl Tucker {
+    /// The rank, from the shapes.
+    pub fn rank(&self) -> usize {
+        self.a.shape.first().copied().unwrap_or(0)
+    }
+}
+
+/// Weight decomposition (DoRA, Liu et al. 2024, arXiv 2402.09353) where it is not PEFT's: of any
+/// additive form, and with norms per output or per input feature (LyCORIS' `wd_on_out`).
+///
+/// `W' = m·V/‖V‖` with V = W + Δ. A low-rank change with norms per output is [`LowRank::magnitude`].
+#[derive(Clone, Debug)]
+pub struct Decomposed {
+    /// Δ.
+    pub change: Box<Form>,
+    /// m, one value per feature: in or out values.
+    pub magnitude: Tensor,
+    /// The features that norms and magnitudes belong to. Of a convolution, the norm of an input
+    /// channel is over outputs and kernel.
+    pub axis: GainAxis,
+}
+
 /// VeRA (Kopiczko et al. 2024, arXiv 2310.11454): frozen random factors that all layers share, of
 /// which each uses the first in columns of A and the first out rows of B, and two trained vectors.
 #[derive(Clone, Debug)]
@@ -539,6 +599,17 @@ pub struct Gain {
     pub gain: Tensor,
     /// What it multiplies.
     pub axis: GainAxis,
+    /// What is stored.
+    pub stored: GainStored,
+}
+
+/// How gains are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum GainStored {
+    /// l itself (PEFT).
+    Whole,
+    /// l − 1 (LyCORIS).
+    LessOne,
 }
 
 /// The features that gains belong to.
@@ -696,6 +767,11 @@ impl ScalingRule {
 }
 
 impl Scaling {
+    /// The scale 1: an alpha that is the rank.
+    pub fn of_rank(rank: usize) -> Scaling {
+        Scaling { alpha: rank as f64, rule: ScalingRule::AlphaOverRank }
+    }
+
     /// The multiplier s, computed in f64 exactly as PEFT computes it.
     pub fn scale(self, rank: usize) -> f64 {
         match self.rule {
@@ -734,6 +810,8 @@ pub enum Note {
     ExpertLayout { module: String, reading: String, evidence: String },
     /// Training pruned a component's rank to 0.
     Pruned { module: String },
+    /// Factors without an alpha: loaders give them the scale 1.
+    NoAlpha { modules: usize },
     /// A tensor that only training needed, or that repeats another.
     PassedOver { tensor: String, reason: &'static str },
 }
@@ -783,6 +861,11 @@ impl fmt::Display for Note {
             Note::Pruned { module } => {
                 write!(f, "`{module}`: training pruned its rank to 0, so nothing is added")
             }
+            Note::NoAlpha { modules } => write!(
+                f,
+                "no alpha is recorded for {modules} modules: their scale is 1, as every loader of \
+                 this format takes it"
+            ),
             Note::PassedOver { tensor, reason } => write!(f, "`{tensor}` is passed over: {reason}"),
         }
     }

@@ -4,16 +4,20 @@
 //! ours; one whose tensors are named as PEFT names them, or that lies beside PEFT's configuration
 //! under PEFT's name, is PEFT's; one with `lora_A` and `lora_B` alone is loralib's.
 
+mod folding;
+pub mod kohya;
 pub mod loralib;
 pub mod peft;
 
 use std::path::{Path, PathBuf};
 
+use serde_json::{Map, Value};
+
 use crate::container::safetensors::SafetensorsFile;
 use crate::container::{Container, TensorFile};
 use crate::error::{DetectProblem, Error, Result};
-use crate::model::Adapter;
 use crate::io::opened::OpenedFile;
+use crate::model::Adapter;
 use crate::native;
 
 /// What the user may say about an adapter that its files do not.
@@ -30,6 +34,22 @@ pub struct ReadOptions {
     /// loralib's `enable_lora`: which of the equal groups of rows of a fused projection have a
     /// change.
     pub enable_lora: Option<Vec<bool>>,
+}
+
+/// What the user may allow a writer, and what it needs besides the adapter.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct WriteOptions {
+    /// Write what the format cannot hold exactly as nearly as it can.
+    pub allow_lossy: bool,
+    /// The `config.json` of the base, for formats that store a permutation of its heads.
+    pub base_config: Option<Map<String, Value>>,
+}
+
+/// What a writer did besides writing what it was given.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Written {
+    /// What was folded, exactly, or rounded where that was allowed; a sentence each.
+    pub changes: Vec<String>,
 }
 
 /// Reads an adapter of any known format.
@@ -63,6 +83,9 @@ fn read_tensors(file: TensorFile, options: &ReadOptions) -> Result<Adapter> {
     let named = file.path.file_name().is_some_and(|name| name == peft::MODEL_FILE);
     if peft::is_peft(&file) || (named && config.is_some()) {
         return peft::read_file(file, config.as_deref(), options);
+    }
+    if kohya::is_kohya(&file) && config.is_none() {
+        return kohya::read(file, options);
     }
     if loralib::is_loralib(&file) {
         return match config {

@@ -6,7 +6,9 @@
 //!
 //! with one magnitude and one norm per output feature, over all its inputs: of a matrix stored as
 //! (out, in) and of a convolution's (out, in·kernel) a norm per row; of one stored as (in, out),
-//! and of an embedding, a norm per column. PEFT divides by the norm as it is, without an epsilon,
+//! and of an embedding, a norm per column. LyCORIS decomposes other changes than low-rank ones too,
+//! and may have one magnitude and norm per input feature instead; of a convolution, the norm of an
+//! input channel is over outputs and kernel. PEFT divides by the norm as it is, without an epsilon,
 //! and so does this; a norm of zero is an error.
 //!
 //! # Norms
@@ -17,14 +19,15 @@
 //! * per row: column c belongs to lane c mod 8; each lane adds its columns in order from +0; then
 //!   the lanes are added in order.
 //! * per column: the rows form blocks of 1024, the last one perhaps shorter; each block adds its
-//!   rows in order from +0; then the blocks are added in order.
+//!   rows in order from +0; then the blocks are added in order; then, of an input channel, the
+//!   columns of its kernel in order.
 //!
 //! The order depends on the matrix alone, so threads and tiles may be as they like.
 
 use std::ops::Range;
 
 use lora_format::Tensor;
-use lora_format::model::LowRank;
+use lora_format::model::{Decomposed, Form, GainAxis, LowRank};
 
 use super::product::{self, Product};
 use super::shapes::{self, Fits, count, decode};
@@ -40,10 +43,64 @@ const LANES: usize = 8;
 const BLOCK: usize = 1024;
 
 struct Dora {
-    matrix: Matrix,
-    product: Factors,
-    /// `m/‖V‖` of every output feature.
+    cols: usize,
+    change: Change,
+    axis: Axis,
+    /// `m/‖V‖` of every feature.
     factor: Vec<f64>,
+}
+
+/// V − W.
+pub(super) enum Change {
+    /// Of a low-rank form.
+    Product(Factors),
+    /// Of another one.
+    Operator(Box<dyn Operator>),
+}
+
+impl Change {
+    pub(super) fn of_low_rank(form: &LowRank, matrix: Matrix) -> Change {
+        Change::Product(Product::of_low_rank(form).pack(matrix.orientation))
+    }
+
+    /// Writes whole rows of it; `base` has the same rows of W.
+    fn rows(&self, isa: Isa, rows: Range<usize>, base: &[f32], out: &mut [f64]) {
+        match self {
+            Change::Product(factors) => product::rows(factors, isa, rows, out),
+            Change::Operator(operator) => {
+                out.fill(0.0);
+                operator.add_rows(isa, rows, base, 1.0, out);
+            }
+        }
+    }
+
+    /// Multiplications per element, roughly.
+    fn work(&self) -> usize {
+        match self {
+            Change::Product(factors) => factors.rank(),
+            // A guess: more threads than it is worth cost little.
+            Change::Operator(_) => 32,
+        }
+    }
+}
+
+/// Which elements of the stored matrix belong to one feature.
+#[derive(Clone, Copy)]
+enum Axis {
+    /// A row.
+    Row,
+    /// So many columns side by side.
+    Columns(usize),
+}
+
+impl Axis {
+    fn of(axis: GainAxis, matrix: Matrix) -> Axis {
+        match (axis, matrix.orientation) {
+            (GainAxis::Out, Orientation::OutIn) | (GainAxis::In, Orientation::InOut) => Axis::Row,
+            (GainAxis::Out, Orientation::InOut) => Axis::Columns(1),
+            (GainAxis::In, Orientation::OutIn) => Axis::Columns(matrix.kernel.max(1)),
+        }
+    }
 }
 
 pub(super) fn features(form: &LowRank) -> Features {
@@ -62,6 +119,24 @@ pub(super) fn check(form: &LowRank, matrix: Matrix) -> Fits {
     }
 }
 
+/// Of a weight that is decomposed after a change, which was checked by itself.
+pub(super) fn check_decomposed(form: &Decomposed, matrix: Matrix) -> Fits {
+    let nested = match &*form.change {
+        Form::LowRank(inner) => inner.magnitude.is_some(),
+        Form::Tucker(_) | Form::Hadamard(_) | Form::Kronecker(_) => false,
+        _ => true,
+    };
+    if nested {
+        return Err(format!("expected a change that adds up, found {}", form.change.method()));
+    }
+    let features = match form.axis {
+        GainAxis::Out => matrix.out(),
+        GainAxis::In => matrix.input() / matrix.kernel.max(1),
+    };
+    let fits = count(&form.magnitude.shape) == features;
+    shapes::tensor(&form.magnitude, format!("{features} values"), fits)
+}
+
 /// How W is read through.
 pub(super) struct Reading<'a> {
     pub(super) isa: Isa,
@@ -70,16 +145,21 @@ pub(super) struct Reading<'a> {
 }
 
 pub(super) fn prepare(
-    form: &LowRank,
+    change: Change,
     magnitude: &Tensor,
+    axis: GainAxis,
     matrix: Matrix,
     reading: Reading<'_>,
 ) -> Result<Box<dyn Operator>> {
-    let product = Product::of_low_rank(form).pack(matrix.orientation);
-    let values = Values { cols: matrix.cols, product: &product, reading };
-    let squares = match matrix.orientation {
-        Orientation::OutIn => values.row_squares(matrix.rows)?,
-        Orientation::InOut => values.column_squares(matrix.rows)?,
+    let axis = Axis::of(axis, matrix);
+    let values = Values { cols: matrix.cols, change: &change, reading };
+    let squares = match axis {
+        Axis::Row => values.row_squares(matrix.rows)?,
+        Axis::Columns(1) => values.column_squares(matrix.rows)?,
+        Axis::Columns(together) => {
+            let squares = values.column_squares(matrix.rows)?;
+            squares.chunks(together).map(|columns| columns.iter().sum()).collect()
+        }
     };
     let factors = decode(magnitude).into_iter().zip(squares).enumerate();
     let factor = factors
@@ -92,13 +172,13 @@ pub(super) fn prepare(
             Ok(f64::from(m) / norm)
         })
         .collect::<Result<Vec<f64>>>()?;
-    Ok(Box::new(Dora { matrix, product, factor }))
+    Ok(Box::new(Dora { cols: matrix.cols, change, axis, factor }))
 }
 
 /// V, to be read through once.
 struct Values<'a> {
     cols: usize,
-    product: &'a Factors,
+    change: &'a Change,
     reading: Reading<'a>,
 }
 
@@ -146,7 +226,7 @@ impl Values<'_> {
             base.resize(elements, 0.0);
             values.resize(elements, 0.0);
             (self.reading.read)(run.clone(), &mut base)?;
-            product::rows(self.product, self.reading.isa, run.clone(), &mut values);
+            self.change.rows(self.reading.isa, run.clone(), &base, &mut values);
             values.iter_mut().zip(&base).for_each(|(delta, &w)| *delta += f64::from(w));
             run.zip(values.chunks_exact(self.cols)).for_each(|(row, values)| show(row, values));
         }
@@ -155,13 +235,14 @@ impl Values<'_> {
 
     /// Multiplications, roughly.
     fn work(&self, rows: usize) -> usize {
-        rows.saturating_mul(self.cols).saturating_mul(self.product.rank())
+        rows.saturating_mul(self.cols).saturating_mul(self.change.work())
     }
 }
 
 impl Operator for Dora {
     fn add_rows(&self, isa: Isa, rows: Range<usize>, base: &[f32], weight: f64, delta: &mut [f64]) {
-        let cols = self.matrix.cols;
+        let cols = self.cols;
+        let start = rows.start;
         let add = |factor: f64, w: f32, product: f64, delta: &mut f64| {
             let w = f64::from(w);
             *delta += weight * (factor * (w + product) - w);
@@ -170,19 +251,27 @@ impl Operator for Dora {
         let mut products = Vec::new();
         for run in product::runs(rows, cols) {
             products.resize(run.len() * cols, 0.0);
-            product::rows(&self.product, isa, run.clone(), &mut products);
+            let w = &base[(run.start - start) * cols..][..run.len() * cols];
+            self.change.rows(isa, run.clone(), w, &mut products);
             for ((row, products), (base, delta)) in
                 run.zip(products.chunks_exact(cols)).zip(&mut lines)
             {
                 let elements = base.iter().zip(products).zip(delta);
-                match self.matrix.orientation {
-                    Orientation::OutIn => {
+                match self.axis {
+                    Axis::Row => {
                         let factor = self.factor[row];
                         elements.for_each(|((&w, &p), delta)| add(factor, w, p, delta));
                     }
-                    Orientation::InOut => elements
+                    Axis::Columns(1) => elements
                         .zip(&self.factor)
                         .for_each(|(((&w, &p), delta), &factor)| add(factor, w, p, delta)),
+                    Axis::Columns(together) => {
+                        let factors =
+                            self.factor.iter().flat_map(|f| std::iter::repeat_n(*f, together));
+                        elements
+                            .zip(factors)
+                            .for_each(|(((&w, &p), delta), factor)| add(factor, w, p, delta));
+                    }
                 }
             }
         }
@@ -191,7 +280,7 @@ impl Operator for Dora {
 
 #[cfg(test)]
 mod tests {
-    use lora_format::model::{Form, Layer, Scaling, ScalingRule};
+    use lora_format::model::{Cores, Hadamard, Layer, Scaling, ScalingRule};
 
     use super::super::testing::{self, Noise, assert_change, assert_refused, at, floats};
     use super::*;
@@ -246,6 +335,66 @@ mod tests {
     }
 
     #[test]
+    fn inputs_get_their_magnitudes() {
+        let mut noise = Noise::new(6);
+        let (out, channels, kernel) = (7, 5, 4);
+        for kernel in [1, kernel] {
+            let input = channels * kernel;
+            let mut change = form(&mut noise, out, input, 3);
+            change.magnitude = None;
+            let base = floats(&mut noise, out * input);
+            let v = values(&change, |o, i| f64::from(base[o * input + i]));
+            let magnitude = testing::tensor(&mut noise, &[channels]);
+            let m = at(&magnitude);
+            let norm = |channel: usize| {
+                let values = v.iter().flat_map(|row| &row[channel * kernel..][..kernel]);
+                values.fold(0.0_f64, |norm, value| norm.hypot(*value))
+            };
+            let change = Box::new(Form::LowRank(change));
+            let form = Form::Decomposed(Decomposed { change, magnitude, axis: GainAxis::In });
+            let matrix = match kernel {
+                1 => testing::out_in(out, input),
+                _ => testing::convolution(out, channels, kernel),
+            };
+            assert_change(&form, matrix, &base, 2e-5, |o, i| {
+                let channel = i / kernel;
+                m(channel) * v[o][i] / norm(channel) - f64::from(base[o * input + i])
+            });
+        }
+    }
+
+    #[test]
+    fn other_changes_are_decomposed_too() {
+        let mut noise = Noise::new(7);
+        let (out, input, rank) = (6, 9, 2);
+        let cores = |noise: &mut Noise| Cores {
+            b: testing::tensor(noise, &[out, rank]),
+            a: testing::tensor(noise, &[rank, input]),
+            core: None,
+        };
+        let (first, second) = (cores(&mut noise), cores(&mut noise));
+        let scaling = Scaling { alpha: 3.0, rule: ScalingRule::AlphaOverRank };
+        let element = |cores: &Cores, o: usize, i: usize| -> f64 {
+            let (b, a) = (at(&cores.b), at(&cores.a));
+            (0..rank).map(|k| b(o * rank + k) * a(k * input + i)).sum()
+        };
+        let base = floats(&mut noise, out * input);
+        let v = |o: usize, i: usize| {
+            let delta = 1.5 * element(&first, o, i) * element(&second, o, i);
+            f64::from(base[o * input + i]) + delta
+        };
+        let magnitude = testing::tensor(&mut noise, &[out]);
+        let m = at(&magnitude);
+        let hadamard = Hadamard { first: first.clone(), second: second.clone(), scaling, rank };
+        let change = Box::new(Form::Hadamard(hadamard));
+        let form = Form::Decomposed(Decomposed { change, magnitude, axis: GainAxis::Out });
+        assert_change(&form, testing::out_in(out, input), &base, 2e-5, |o, i| {
+            let norm = (0..input).fold(0.0_f64, |norm, i| norm.hypot(v(o, i)));
+            m(o) * v(o, i) / norm - f64::from(base[o * input + i])
+        });
+    }
+
+    #[test]
     fn norms_are_the_same_from_any_number_of_threads() {
         let mut noise = Noise::new(2);
         let (rows, cols) = (4 * BLOCK + 77, 40);
@@ -255,9 +404,9 @@ mod tests {
             buffer.copy_from_slice(&base[range.start * cols..range.end * cols]);
             Ok(())
         };
-        let product = Product::of_low_rank(&form).pack(Orientation::OutIn);
+        let change = Change::of_low_rank(&form, testing::out_in(rows, cols));
         let reading = Reading { isa: Isa::Scalar, threads: 1, read: &read };
-        let values = Values { cols, product: &product, reading };
+        let values = Values { cols, change: &change, reading };
         let mut rows_alone = vec![0.0; rows];
         let mut blocks = vec![vec![0.0_f64; cols]; rows.div_ceil(BLOCK)];
         let show = |row: usize, values: &[f64]| {
@@ -285,7 +434,8 @@ mod tests {
                 Ok(())
             };
             let reading = Reading { isa: Isa::Scalar, threads: 1, read: &zero };
-            let result = prepare(&form, &magnitude, matrix, reading);
+            let change = Change::of_low_rank(&form, matrix);
+            let result = prepare(change, &magnitude, GainAxis::Out, matrix, reading);
             assert!(matches!(result.err(), Some(Error::ZeroNorm { feature: 1, .. })));
         }
     }

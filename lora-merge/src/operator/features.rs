@@ -6,7 +6,7 @@ use lora_format::model::Form;
 use super::shapes::count;
 use super::{
     Matrix, added, bounded, butterfly, circulant, dora, gain, grid, hadamard, kronecker,
-    proportional, reflections, rotation, sparse, tiled,
+    proportional, reflections, rotation, sparse, tiled, tucker,
 };
 
 /// The features that a form's tensors fix; `None` where any number would fit, or where only
@@ -23,6 +23,8 @@ pub(crate) struct Features {
 pub(crate) fn features(form: &Form) -> Features {
     match form {
         Form::LowRank(form) | Form::Proportional(form) => dora::features(form),
+        Form::Tucker(form) => tucker::features(form),
+        Form::Decomposed(form) => features(&form.change),
         Form::Hadamard(form) => hadamard::features(form),
         Form::Kronecker(form) => kronecker::features(form),
         Form::Gain(form) => gain::features(form),
@@ -50,6 +52,11 @@ pub(crate) fn features(form: &Form) -> Features {
 pub(crate) fn check(form: &Form, matrix: Matrix) -> Result<(), String> {
     match form {
         Form::LowRank(form) => dora::check(form, matrix),
+        Form::Tucker(form) => tucker::check(form, matrix),
+        Form::Decomposed(form) => {
+            check(&form.change, matrix)?;
+            dora::check_decomposed(form, matrix)
+        }
         Form::Hadamard(form) => hadamard::check(form, matrix),
         Form::Kronecker(form) => kronecker::check(form, matrix),
         Form::Gain(form) => gain::check(form, matrix),

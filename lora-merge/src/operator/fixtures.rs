@@ -5,8 +5,9 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use lora_format::model::{
-    Bounded, Butterfly, Cores, Form, Gain, GainAxis, Grid, Hadamard, Kronecker, KroneckerSide,
-    Layer, LowRank, Reflections, Rotation, Scaling, ScalingRule, Sparse, Tiled, TiledRule,
+    Bounded, Butterfly, Cores, Form, Gain, GainAxis, GainStored, Grid, Hadamard, Kronecker,
+    KroneckerSide, Layer, LowRank, Reflections, Rotation, Scaling, ScalingRule, Sparse, Tiled,
+    TiledRule,
 };
 use lora_format::{Dtype, Tensor};
 use serde_json::Value;
@@ -119,7 +120,7 @@ impl Module<'_> {
                 format!(".{}", self.name).ends_with(&format!(".{}", name.as_str().unwrap()))
             });
             let axis = if inner { GainAxis::In } else { GainAxis::Out };
-            return Form::Gain(Gain { gain, axis });
+            return Form::Gain(Gain { gain, axis, stored: GainStored::Whole });
         }
         if let Some(generators) = self.get("oft_R").or(self.get("oft_embedding_R")) {
             let terms = self.config["num_cayley_neumann_terms"].as_u64().map(|n| n as usize);

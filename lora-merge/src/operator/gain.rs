@@ -1,14 +1,14 @@
 //! IA³ (Liu et al. 2022, arXiv 2205.05638; PEFT's `ia3_l`): `W' = W ⊙ l`.
 //!
 //! The gain belongs to input features (of feed-forward layers) or to output features, and then to
-//! the bias as well. In the stored matrix it multiplies rows or columns; the columns of a
+//! the bias as well. LyCORIS stores l − 1. In the stored matrix it multiplies rows or columns; the columns of a
 //! convolution are in·kernel, and every position of an input channel's kernel has its gain. In a
 //! grouped convolution, an output channel sees the input channels of its group only, whose gains
 //! they are.
 
 use std::ops::Range;
 
-use lora_format::model::{Gain, GainAxis};
+use lora_format::model::{Gain, GainAxis, GainStored};
 
 use super::shapes::{self, Fits, count, decode};
 use super::{Features, Matrix, Operator};
@@ -64,7 +64,11 @@ pub(super) fn check(form: &Gain, matrix: Matrix) -> Fits {
 }
 
 pub(super) fn prepare(form: &Gain, matrix: Matrix) -> Box<dyn Operator> {
-    let gain: Vec<f64> = decode(&form.gain).into_iter().map(f64::from).collect();
+    let one = match form.stored {
+        GainStored::Whole => 0.0,
+        GainStored::LessOne => 1.0,
+    };
+    let gain: Vec<f64> = decode(&form.gain).into_iter().map(|l| one + f64::from(l)).collect();
     let place = match (form.axis, matrix.orientation) {
         (GainAxis::Out, Orientation::OutIn) | (GainAxis::In, Orientation::InOut) => Place::Row,
         (GainAxis::Out, Orientation::InOut) => {
@@ -114,7 +118,7 @@ mod tests {
     use super::*;
 
     fn form(gain: &Tensor, axis: GainAxis) -> Form {
-        Form::Gain(Gain { gain: gain.clone(), axis })
+        Form::Gain(Gain { gain: gain.clone(), axis, stored: GainStored::Whole })
     }
 
     #[test]
@@ -145,6 +149,18 @@ mod tests {
         });
         let bias = testing::in_out(1, out);
         assert_change(&outs, bias, &base[..out], 1e-15, |_, c| (l_out(c) - 1.0) * w(c));
+    }
+
+    #[test]
+    fn gains_may_be_stored_less_one() {
+        let mut noise = Noise::new(3);
+        let tensor = testing::tensor(&mut noise, &[7]);
+        let l = at(&tensor);
+        let base = floats(&mut noise, 5 * 7);
+        let gain = Gain { gain: tensor, axis: GainAxis::In, stored: GainStored::LessOne };
+        assert_change(&Form::Gain(gain), testing::out_in(5, 7), &base, 1e-15, |r, c| {
+            l(c) * f64::from(base[r * 7 + c])
+        });
     }
 
     #[test]

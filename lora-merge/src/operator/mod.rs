@@ -10,6 +10,7 @@
 //! |----------------|-------------|----------------------------|
 //! | `added`        | `lora_bias` | `W + s·T`                  |
 //! | `dora`         | DoRA        | `m·V/‖V‖`, `V = W + s·B·A` |
+//! | `tucker`       | LoCon       | `W + s·B·T·A`              |
 //! | `hadamard`     | LoHa        | `W + s·(B₁A₁)⊙(B₂A₂)`      |
 //! | `kronecker`    | LoKr        | `W + s·C⊗D`                |
 //! | `gain`         | IA³         | `W ⊙ l`                    |
@@ -51,10 +52,11 @@ mod sparse;
 #[cfg(test)]
 mod testing;
 mod tiled;
+mod tucker;
 
 use std::ops::Range;
 
-use lora_format::model::Form;
+use lora_format::model::{Form, GainAxis};
 
 use crate::error::Result;
 use crate::kernels::{Isa, with_ieee_floats};
@@ -129,11 +131,25 @@ pub(crate) fn prepare(
         Ok(match form {
             Form::LowRank(form) => match &form.magnitude {
                 Some(magnitude) => {
-                    let values = dora::Reading { isa, threads, read };
-                    Some(dora::prepare(form, magnitude, matrix, values)?)
+                    let change = dora::Change::of_low_rank(form, matrix);
+                    let reading = dora::Reading { isa, threads, read };
+                    Some(dora::prepare(change, magnitude, GainAxis::Out, matrix, reading)?)
                 }
                 None => None,
             },
+            Form::Tucker(form) => Some(tucker::prepare(form, matrix)),
+            Form::Decomposed(form) => {
+                let change = match &*form.change {
+                    Form::LowRank(inner) => dora::Change::of_low_rank(inner, matrix),
+                    inner => match prepare(inner, matrix, isa, threads, read)? {
+                        Some(operator) => dora::Change::Operator(operator),
+                        // Refused by `check`.
+                        None => return Ok(None),
+                    },
+                };
+                let reading = dora::Reading { isa, threads, read };
+                Some(dora::prepare(change, &form.magnitude, form.axis, matrix, reading)?)
+            }
             Form::Hadamard(form) => Some(hadamard::prepare(form, matrix)),
             Form::Kronecker(form) => Some(kronecker::prepare(form, matrix)),
             Form::Gain(form) => Some(gain::prepare(form, matrix)),

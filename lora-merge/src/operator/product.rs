@@ -2,7 +2,7 @@
 
 use std::ops::{Range, RangeInclusive};
 
-use lora_format::model::{Cores, LowRank};
+use lora_format::model::{Cores, LowRank, Tucker};
 use lora_format::{Tensor, limits};
 
 use crate::kernels::{Factors, Isa, TileRegion, product_tile};
@@ -46,24 +46,14 @@ impl Product {
             return Product { b: decode(&cores.b), a: decode(&cores.a), rank, scale: 1.0 };
         };
         let (rank, out) = (dim(&cores.b, 0), dim(&cores.b, 1));
-        let (inner, input) = (dim(&cores.a, 0), dim(&cores.a, 1));
-        let kernel = count(&core.shape[2..]);
-        let (b, a, t) = (decode(&cores.b), decode(&cores.a), decode(core));
-        let mut right = Vec::with_capacity(rank * input * kernel);
-        let mut sums = vec![0.0; kernel * input];
-        for block in t.chunks_exact(inner * kernel) {
-            sums.fill(0.0);
-            for (t, a) in block.chunks_exact(kernel).zip(a.chunks_exact(input)) {
-                for (&t, sums) in t.iter().zip(sums.chunks_exact_mut(input)) {
-                    let elements = sums.iter_mut().zip(a);
-                    elements.for_each(|(sum, &a)| *sum += f64::from(t) * f64::from(a));
-                }
-            }
-            for feature in 0..input {
-                right.extend(sums.iter().skip(feature).step_by(input).map(|&sum| sum as f32));
-            }
-        }
-        Product { b: transposed(&b, rank, out), a: right, rank, scale: 1.0 }
+        let b = transposed(&decode(&cores.b), rank, out);
+        Product { b, a: spread(core, &cores.a), rank, scale: 1.0 }
+    }
+
+    /// Of a low-rank change of a convolution with a core, in the same way.
+    pub(super) fn of_tucker(form: &Tucker) -> Product {
+        let (rank, scale) = (dim(&form.b, 1), form.scaling.scale(form.rank()));
+        Product { b: decode(&form.b), a: spread(&form.core, &form.a), rank, scale }
     }
 
     /// Packed for the kernels: the product as the matrix stores it.
@@ -82,6 +72,28 @@ impl Product {
             }
         }
     }
+}
+
+/// `Σₖ t[j,k,κ]·a[k,in]` as a matrix of j × (in·κ), summed in f64 and rounded to f32.
+fn spread(core: &Tensor, a: &Tensor) -> Vec<f32> {
+    let (rank, inner, input) = (dim(core, 0), dim(a, 0), dim(a, 1));
+    let kernel = count(&core.shape[2..]);
+    let (a, t) = (decode(a), decode(core));
+    let mut right = Vec::with_capacity(rank * input * kernel);
+    let mut sums = vec![0.0; kernel * input];
+    for block in t.chunks_exact(inner * kernel) {
+        sums.fill(0.0);
+        for (t, a) in block.chunks_exact(kernel).zip(a.chunks_exact(input)) {
+            for (&t, sums) in t.iter().zip(sums.chunks_exact_mut(input)) {
+                let elements = sums.iter_mut().zip(a);
+                elements.for_each(|(sum, &a)| *sum += f64::from(t) * f64::from(a));
+            }
+        }
+        for feature in 0..input {
+            right.extend(sums.iter().skip(feature).step_by(input).map(|&sum| sum as f32));
+        }
+    }
+    right
 }
 
 /// The transpose of a matrix of `rows × cols`.

@@ -1,8 +1,9 @@
 //! Random forms and bases, and what every operator must pass.
 
 use lora_format::model::{
-    Bounded, Butterfly, Cores, Form, Gain, GainAxis, Grid, Hadamard, Kronecker, KroneckerSide,
-    Layer, LowRank, Reflections, Rotation, Scaling, ScalingRule, Tiled, TiledRule,
+    Bounded, Butterfly, Cores, Decomposed, Form, Gain, GainAxis, GainStored, Grid, Hadamard,
+    Kronecker, KroneckerSide, Layer, LowRank, Reflections, Rotation, Scaling, ScalingRule, Tiled,
+    TiledRule, Tucker,
 };
 use lora_format::{Dtype, Tensor};
 
@@ -165,7 +166,7 @@ fn any(noise: &mut Noise) -> Form {
     let rule = [ScalingRule::AlphaOverRank, ScalingRule::Direct][noise.below(2) as usize];
     let scaling = Scaling { alpha: 2.0, rule };
     let flag = noise.below(2) == 0;
-    let kind = noise.below(14);
+    let kind = noise.below(16);
     let low_rank = |noise: &mut Noise, magnitude: bool| {
         let usual = if flag { 2 } else { 4 };
         let (a, b) = (any(noise, usual), any(noise, 2));
@@ -206,7 +207,7 @@ fn any(noise: &mut Noise) -> Form {
         6 => {
             let axis = if flag { GainAxis::In } else { GainAxis::Out };
             let dimensions = 2 + noise.below(3) as usize;
-            Form::Gain(Gain { gain: any(noise, dimensions), axis })
+            Form::Gain(Gain { gain: any(noise, dimensions), axis, stored: GainStored::Whole })
         }
         7 => {
             let block = noise.below(5) as usize;
@@ -229,6 +230,15 @@ fn any(noise: &mut Noise) -> Form {
             let (a, b) = (any(noise, 2), any(noise, 2));
             let bound = if flag { tensor(noise, &[1]) } else { any(noise, 1) };
             Form::Bounded(Bounded { a, b, bound, norms: any(noise, 1) })
+        }
+        13 => {
+            let (a, b) = (any(noise, 2), any(noise, 2));
+            Form::Tucker(Tucker { a, b, core: any(noise, 4), scaling })
+        }
+        14 => {
+            let axis = if flag { GainAxis::In } else { GainAxis::Out };
+            let change = Box::new(Form::LowRank(low_rank(noise, false)));
+            Form::Decomposed(Decomposed { change, magnitude: any(noise, 1), axis })
         }
         _ => Form::Grid(Grid { a: any(noise, 3), b: any(noise, 3), scaling, rank: 2 }),
     }

@@ -21,6 +21,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
+pub(super) use writer::described;
 pub use writer::{also_needed, write_directory};
 
 use self::config::Configuration;
@@ -32,7 +33,7 @@ use crate::fingerprint::BaseIdentity;
 use crate::io::atomic;
 use crate::json;
 use crate::limits;
-use crate::model::{Adapter, AdapterFormat, Note, SourceConfig};
+use crate::model::{Adapter, AdapterFormat, Note, Scaling, SourceConfig};
 
 /// The file names PEFT writes.
 pub const CONFIG_FILE: &str = "adapter_config.json";
@@ -166,6 +167,21 @@ fn complete(
     }
     fields.insert(field.to_owned(), json!(alpha));
     Ok(())
+}
+
+/// The scales that a configuration of PEFT gives, for the formats that record one.
+pub(super) struct Scales(config::ScalingTable);
+
+impl Scales {
+    /// Of a LoRA configuration.
+    pub(super) fn of(path: &Path, fields: &Map<String, Value>) -> Result<Scales> {
+        config::ScalingTable::new(path, fields, "lora_alpha").map(Scales)
+    }
+
+    /// Of a module.
+    pub(super) fn scaling(&mut self, module: &str) -> Result<Scaling> {
+        Ok(self.0.of(module)?.scaling)
+    }
 }
 
 /// What a configuration says of the base.

@@ -13,7 +13,7 @@ use super::tensors::Parts;
 use crate::blocks;
 use crate::dtype::Dtype;
 use crate::error::{AdapterProblem, Error, Result, Shape, Unsupported};
-use crate::model::{Form, Gain, GainAxis, Shared, Sparse, Target, Tiled, TiledRule};
+use crate::model::{Form, Gain, GainAxis, GainStored, Shared, Sparse, Target, Tiled, TiledRule};
 use crate::pattern::PatternTable;
 use crate::tensor::Tensor;
 
@@ -66,10 +66,13 @@ pub(super) fn build_gains(
             continue;
         }
         if axis == GainAxis::Out {
-            let form = Form::Gain(Gain { gain: gain.clone(), axis });
+            let form = Form::Gain(Gain { gain: gain.clone(), axis, stored: GainStored::Whole });
             builder.push(parameter(&module, "bias"), form);
         }
-        builder.push(Target::weight(module), Form::Gain(Gain { gain, axis }));
+        builder.push(
+            Target::weight(module),
+            Form::Gain(Gain { gain, axis, stored: GainStored::Whole }),
+        );
     }
     Ok(())
 }

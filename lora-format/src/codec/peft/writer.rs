@@ -80,6 +80,11 @@ pub fn also_needed<'b>(adapter: &Adapter, stored: &[&'b str]) -> Result<Vec<&'b 
     Ok(Layout::of(adapter)?.missing(stored))
 }
 
+/// A configuration that says what the adapter is, whatever it came with.
+pub(in crate::codec) fn described(adapter: &Adapter) -> Result<Map<String, Value>> {
+    describe(adapter, &Layout::of(adapter)?)
+}
+
 /// The configuration that the adapter came with, corrected wherever it would have PEFT compute
 /// another delta or name another base than the adapter does.
 fn configuration(adapter: &Adapter, layout: &Layout<'_>) -> Result<Map<String, Value>> {
