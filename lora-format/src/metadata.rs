@@ -12,10 +12,14 @@
 //!
 //! (sd-scripts, `library/train_util.py`, `precalculate_safetensors_hashes`; ModelSpec 1.0.1.)
 
+use std::path::Path;
+
 use sha2::{Digest, Sha256};
 
-use crate::container::safetensors::{Declared, encode_header};
-use crate::tensor::Tensor;
+use crate::container::safetensors::{Declared, SafetensorsFile, encode_header};
+use crate::error::Result;
+use crate::io::atomic::{AtomicFile, Durability, Overwrite};
+use crate::tensor::{self, Tensor};
 
 /// sd-scripts' hash of the tensors.
 pub const MODEL_HASH: &str = "sshs_model_hash";
@@ -28,6 +32,40 @@ pub const SPEC_HASH: &str = "modelspec.hash_sha256";
 const LEGACY_START: usize = 0x10_0000;
 /// How many they are.
 const LEGACY_BYTES: usize = 0x1_0000;
+
+/// Writes the tensors of a file with other metadata, complete or not at all; the destination may be
+/// the file itself. The hashes that the metadata has are brought in line.
+///
+/// # Errors
+/// [`Error::OutputExists`](crate::Error::OutputExists), [`Error::Io`](crate::Error::Io).
+pub fn rewrite(
+    file: &SafetensorsFile,
+    metadata: &[(String, String)],
+    destination: &Path,
+    overwrite: Overwrite,
+    durability: Durability,
+) -> Result<()> {
+    let tensors = tensor::map_all(file)?;
+    let mut metadata = metadata.to_vec();
+    refresh(&mut metadata, &tensors);
+    metadata.sort();
+    let header = encode_header(&metadata, declare(&tensors));
+    let mut parts: Vec<&[u8]> = vec![&header];
+    parts.extend(tensors.iter().map(Tensor::bytes));
+    let output = AtomicFile::create(destination, overwrite)?;
+    output.write_parts(&parts)?;
+    file.ensure_unchanged()?;
+    output.commit(durability)
+}
+
+fn declare(tensors: &[Tensor]) -> impl Iterator<Item = Declared<'_>> {
+    tensors.iter().map(|tensor| Declared {
+        name: &tensor.name,
+        dtype: tensor.dtype,
+        shape: &tensor.shape,
+        bytes: tensor.bytes().len() as u64,
+    })
+}
 
 /// Brings the hashes that `metadata` has in line with the tensors, which are in storage order. It
 /// gains sd-scripts' if it has other entries of sd-scripts.
@@ -64,13 +102,7 @@ pub fn legacy_hash(metadata: &[(String, String)], tensors: &[Tensor]) -> String 
     let mut kept: Vec<(String, String)> =
         metadata.iter().filter(|entry| entry.0.starts_with("ss_")).cloned().collect();
     kept.sort();
-    let declared = tensors.iter().map(|tensor| Declared {
-        name: &tensor.name,
-        dtype: tensor.dtype,
-        shape: &tensor.shape,
-        bytes: tensor.bytes().len() as u64,
-    });
-    let header = encode_header(&kept, declared);
+    let header = encode_header(&kept, declare(tensors));
     let mut digest = Sha256::new();
     let (mut at, end) = (0, LEGACY_START + LEGACY_BYTES);
     for bytes in std::iter::once(&header[..]).chain(tensors.iter().map(Tensor::bytes)) {

@@ -9,6 +9,7 @@ mod figures;
 pub(crate) mod inspect;
 mod making;
 pub(crate) mod merge;
+pub(crate) mod metadata;
 mod rank_arguments;
 pub(crate) mod resize;
 pub(crate) mod spectrum;
