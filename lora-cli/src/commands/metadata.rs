@@ -161,8 +161,7 @@ fn get(path: &Path, key: Option<&str>, json: bool) -> Result<Outcome, Failure> {
         printer::json(&JsonReport { schema: "lora-cli/metadata/1", file, metadata })?;
         return Ok(Outcome::Done);
     }
-    let lines: String =
-        metadata.iter().map(|(key, value)| format!("{key}: {value}\n")).collect();
+    let lines: String = metadata.iter().map(|(key, value)| format!("{key}: {value}\n")).collect();
     printer::data(&lines)?;
     Ok(Outcome::Done)
 }

@@ -81,11 +81,12 @@ pub fn read(path: &Path, options: &ReadOptions) -> Result<Adapter> {
 fn read_tensors(file: TensorFile, options: &ReadOptions) -> Result<Adapter> {
     let config = peft::config_beside(&file.path);
     let named = file.path.file_name().is_some_and(|name| name == peft::MODEL_FILE);
-    if peft::is_peft(&file) || (named && config.is_some()) {
-        return peft::read_file(file, config.as_deref(), options);
-    }
+    // Names that these share with PEFT are PEFT's where its configuration lies beside them.
     if kohya::is_kohya(&file) && config.is_none() {
         return kohya::read(file, options);
+    }
+    if peft::is_peft(&file) || (named && config.is_some()) {
+        return peft::read_file(file, config.as_deref(), options);
     }
     if loralib::is_loralib(&file) {
         return match config {

@@ -291,15 +291,14 @@ impl Builder {
                 return None;
             }
         };
-        let mut magnitude = magnitude;
-        magnitude.shape = vec![magnitude.elements()];
-        let float = self.check(&magnitude, |_| true, "magnitudes are numbers");
-        if !float {
+        if !self.check(&magnitude, |_| true, "magnitudes are numbers") {
             return None;
         }
         Some(match (form, axis) {
             (Form::LowRank(form), GainAxis::Out) => {
-                Form::LowRank(LowRank { magnitude: Some(magnitude), ..form })
+                // PEFT's is a vector.
+                let shape = vec![magnitude.elements()];
+                Form::LowRank(LowRank { magnitude: Some(Tensor { shape, ..magnitude }), ..form })
             }
             (form, axis) => {
                 Form::Decomposed(Decomposed { change: Box::new(form), magnitude, axis })

@@ -186,7 +186,8 @@ impl Output<'_> {
                     }
                     Form::Hadamard(_) | Form::Kronecker(_) => {
                         self.lycoris(module, change)?;
-                        2
+                        // Whether they are those of a convolution, its factors do not show.
+                        magnitude.shape.len()
                     }
                     _ => return Ok(None),
                 };
