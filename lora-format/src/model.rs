@@ -736,6 +736,8 @@ pub enum Note {
     Pruned { module: String },
     /// A tensor that only training needed, or that repeats another.
     PassedOver { tensor: String, reason: &'static str },
+    /// A directory holds the adapter's tensors in two files; one was read.
+    PickleBeside { file: &'static str, read: &'static str },
 }
 
 impl fmt::Display for Note {
@@ -784,6 +786,9 @@ impl fmt::Display for Note {
                 write!(f, "`{module}`: training pruned its rank to 0, so nothing is added")
             }
             Note::PassedOver { tensor, reason } => write!(f, "`{tensor}` is passed over: {reason}"),
+            Note::PickleBeside { file, read } => {
+                write!(f, "{file} is not read: {read} lies beside it")
+            }
         }
     }
 }

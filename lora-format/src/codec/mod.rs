@@ -12,8 +12,8 @@ use std::path::{Path, PathBuf};
 use crate::container::safetensors::SafetensorsFile;
 use crate::container::{Container, TensorFile};
 use crate::error::{DetectProblem, Error, Result};
-use crate::model::Adapter;
 use crate::io::opened::OpenedFile;
+use crate::model::Adapter;
 use crate::native;
 
 /// What the user may say about an adapter that its files do not.
@@ -60,7 +60,10 @@ pub fn read(path: &Path, options: &ReadOptions) -> Result<Adapter> {
 /// Reads the tensors of another format, in whatever container.
 fn read_tensors(file: TensorFile, options: &ReadOptions) -> Result<Adapter> {
     let config = peft::config_beside(&file.path);
-    let named = file.path.file_name().is_some_and(|name| name == peft::MODEL_FILE);
+    let named = file
+        .path
+        .file_name()
+        .is_some_and(|name| name == peft::MODEL_FILE || name == peft::PICKLE_FILE);
     if peft::is_peft(&file) || (named && config.is_some()) {
         return peft::read_file(file, config.as_deref(), options);
     }
