@@ -152,7 +152,7 @@ def save(make, path, **options):
     if options.get("_use_new_zipfile_serialization") is False:
         path.write_bytes(save_legacy(make, **options))
     else:
-        torch.save(make, path, **options)
+        torch.save(make(), path, **options)
 
 
 def flat(value, prefix=""):

@@ -314,7 +314,9 @@ pub enum DetectProblem {
          model.safetensors.index.json: the model is incomplete"
     )]
     OneOfSeveral { file: String },
-    #[error("the directory holds no adapter: looked for adapter_model.safetensors")]
+    #[error(
+        "the directory holds no adapter: looked for adapter_model.safetensors and adapter_model.bin"
+    )]
     NoAdapter,
     #[error(
         "the directory holds no adapter_model.safetensors, but {} {}", names.join(", "),

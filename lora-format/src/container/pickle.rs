@@ -568,3 +568,103 @@ fn long(bytes: &[u8]) -> Value<'_> {
         None => Value::Long(bytes),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn only_argparse(global: Global<'_>) -> bool {
+        global.module == "argparse"
+    }
+
+    fn fails(bytes: &[u8]) -> PickleProblem {
+        read(bytes, only_argparse).unwrap_err()
+    }
+
+    #[test]
+    fn numbers_of_every_length() {
+        let root = |bytes: &[u8]| match read(bytes, only_argparse).unwrap().root {
+            Value::Int(number) => Some(number),
+            _ => None,
+        };
+        assert_eq!(root(b"\x8a\x00."), Some(0));
+        assert_eq!(root(b"\x8a\x01\xff."), Some(-1));
+        assert_eq!(root(b"\x8a\x02\x00\x80."), Some(-32768));
+        assert_eq!(root(b"\x8a\x08\xff\xff\xff\xff\xff\xff\xff\x7f."), Some(i64::MAX));
+        assert_eq!(root(b"\x8b\x01\x00\x00\x00\x07."), Some(7));
+        assert_eq!(root(b"\x8a\x09\x00\x00\x00\x00\x00\x00\x00\x00\x01."), None);
+        assert_eq!(root(b"J\xfe\xff\xff\xff."), Some(-2));
+        let float = read(b"G\x3f\xf8\x00\x00\x00\x00\x00\x00.", only_argparse).unwrap().root;
+        assert_eq!(float, Value::Float(1.5));
+    }
+
+    /// A value that is used twice is held once: the bomb costs what it is long.
+    #[test]
+    fn doubling_does_not_expand() {
+        let mut bytes = b")".to_vec();
+        for _ in 0..100_000 {
+            bytes.extend(b"2\x86");
+        }
+        bytes.push(b'.');
+        assert_eq!(read(&bytes, only_argparse).unwrap().nodes.len(), 100_001);
+    }
+
+    /// Python 2's `OrderedDict` copies a list, which may be used again and again.
+    #[test]
+    fn lists_are_not_copied_without_end() {
+        let mut bytes = b"ccollections\nOrderedDict\nq\x00](".to_vec();
+        for _ in 0..100 {
+            bytes.extend(b"NN\x86");
+        }
+        bytes.extend(b"e\x85q\x01R");
+        let once = [&bytes[..], b"."].concat();
+        let pickle = read(&once, only_argparse).unwrap();
+        assert_eq!(pickle.dict(pickle.root).unwrap().len(), 100);
+        for _ in 0..100 {
+            bytes.extend(b"0h\x00h\x01R");
+        }
+        bytes.push(b'.');
+        let limit = bytes.len();
+        assert_eq!(
+            fails(&bytes),
+            PickleProblem::OverLimit { what: "pairs that are copied", limit }
+        );
+    }
+
+    /// Every way to call: by reduction, as a new object, by the text instructions; and from the
+    /// stack's names.
+    #[test]
+    fn every_call_is_asked_for() {
+        let call = |name: &str| PickleProblem::Call { name: name.to_owned() };
+        for bytes in [
+            &b"cos\nsystem\n)R."[..],
+            b"cos\nsystem\n)\x81.",
+            b"cos\nsystem\n)}\x92.",
+            b"\x8c\x02os\x8c\x06system\x93)R.",
+            b"(ios\nsystem\n.",
+            b"(cos\nsystem\no.",
+        ] {
+            assert_eq!(fails(bytes), call("os.system"), "{bytes:?}");
+        }
+        assert_eq!(fails(b"c__builtin__\neval\n)R."), call("builtins.eval"));
+        // What is only named, or may be called, is a value.
+        assert!(read(b"cos\nsystem\n.", only_argparse).is_ok());
+        assert!(read(b"cargparse\nNamespace\n)\x81}b.", only_argparse).is_ok());
+        // What a call made is no function.
+        assert_eq!(fails(b"cargparse\nx\n)R)R."), PickleProblem::CallOfValue { at: 15 });
+    }
+
+    #[test]
+    fn names_and_marks_are_bounded() {
+        let long = [b"c".to_vec(), vec![b'a'; 5000], b"\nb\n.".to_vec()].concat();
+        assert_eq!(fails(&long), long_name());
+        let limit = limits::GLOBAL_BYTES;
+        assert_eq!(
+            fails(&long).to_string(),
+            format!("the pickle has more than {limit} bytes in a global's name")
+        );
+        // A mark keeps what is below it out of reach.
+        assert_eq!(fails(b"N(\x85."), PickleProblem::EmptyStack { at: 2 });
+        assert!(read(b"N(0.", only_argparse).is_ok());
+    }
+}

@@ -14,7 +14,7 @@ use crate::dtype::Dtype;
 const REBUILD: &str = "torch._utils";
 
 /// Globals that build no tensor and are kept by name.
-const HARMLESS: [(&str, &[&str]); 17] = [
+const HARMLESS: [(&str, &[&str]); 18] = [
     ("_codecs", &["encode"]),
     ("argparse", &["Namespace"]),
     ("builtins", &["bytearray", "complex", "frozenset", "range", "set", "slice"]),
@@ -30,6 +30,7 @@ const HARMLESS: [(&str, &[&str]); 17] = [
     ("pathlib._local", &PATHS),
     ("torch", &["Generator", "Size", "device"]),
     ("torch.nn.modules.container", &["ParameterDict", "ParameterList"]),
+    ("torch.serialization", &["_get_layout"]),
     ("types", &["SimpleNamespace"]),
     ("uuid", &["UUID"]),
 ];

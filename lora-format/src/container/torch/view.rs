@@ -312,3 +312,34 @@ fn gather(
     }
     Some(gathered)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gathering_follows_the_strides() {
+        let source: Vec<u8> = (0..12).collect();
+        // The transpose of a matrix of 2 rows and 3 columns of two-byte elements.
+        let transposed = gather(&source, 2, &[3, 2], &[1, 3], 12).unwrap();
+        assert_eq!(transposed, [0, 1, 6, 7, 2, 3, 8, 9, 4, 5, 10, 11]);
+        // An expanded row.
+        assert_eq!(gather(&source, 1, &[2, 3], &[0, 1], 6).unwrap(), [0, 1, 2, 0, 1, 2]);
+        // The stride of a dimension of size 1 is never taken.
+        assert_eq!(gather(&source, 1, &[2, 1], &[2, usize::MAX], 2).unwrap(), [0, 2]);
+        assert_eq!(gather(&source, 1, &[2], &[12], 2), None);
+    }
+
+    #[test]
+    fn copies_are_counted_together() {
+        let mut copies = Copies::of_file(100);
+        assert_eq!(copies.take(300), Ok(()));
+        let problem = copies.take(101).unwrap_err();
+        assert_eq!(
+            problem.to_string(),
+            "its elements do not lie in order, and in order they would take 101 bytes, after 300 \
+             for others; the limit for a file of this size is 400"
+        );
+        assert_eq!(copies.take(100), Ok(()));
+    }
+}
