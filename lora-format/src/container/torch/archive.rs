@@ -44,6 +44,11 @@ impl Archive {
             let (place, bytes) = ("the archive", after as usize);
             return Err(TorchProblem::TrailingBytes { place, bytes });
         }
+        // Said first: such an archive has compressed entries too.
+        let mut records = archive.entries().filter_map(Result::ok);
+        if records.any(|record| is_in_directory(record.file_path().as_bytes(), b"constants.pkl")) {
+            return Err(TorchProblem::TorchScript);
+        }
         let mut entries = Vec::new();
         for record in archive.entries() {
             entries.push(entry(&archive, &record.map_err(unreadable)?)?);
@@ -74,6 +79,12 @@ impl Archive {
             entry.name.strip_prefix("data/").map(|key| (key, entry.data.clone()))
         })
     }
+}
+
+/// Whether a path is that of the file called `name` in the archive's one directory.
+fn is_in_directory(path: &[u8], name: &[u8]) -> bool {
+    let directory = path.strip_suffix(name).and_then(|directory| directory.strip_suffix(b"/"));
+    directory.is_some_and(|directory| !directory.contains(&b'/'))
 }
 
 fn unreadable(error: rawzip::Error) -> TorchProblem {
@@ -130,13 +141,9 @@ fn refuse_overlap(entries: &mut [Entry]) -> Result<(), TorchProblem> {
 
 /// Takes the directory that all entries lie in off their names.
 fn strip_directory(entries: &mut [Entry]) -> Result<(), TorchProblem> {
-    let pickle = entries.iter().find_map(|entry| {
-        let directory = entry.name.strip_suffix("data.pkl")?;
-        (directory.matches('/').count() == 1 && directory.ends_with('/')).then_some(directory)
-    });
-    let Some(directory) = pickle.map(str::to_owned) else {
-        return Err(TorchProblem::NoPickle);
-    };
+    let is_pickle = |entry: &&Entry| is_in_directory(entry.name.as_bytes(), b"data.pkl");
+    let pickle = entries.iter().find(is_pickle).ok_or(TorchProblem::NoPickle)?;
+    let directory = pickle.name.trim_end_matches("data.pkl").to_owned();
     let mut names = HashSet::new();
     for entry in entries {
         let Some(name) = entry.name.strip_prefix(&directory) else {

@@ -1,10 +1,10 @@
 //! What `torch.save` writes: a pickle of the objects, and the bytes of their storages.
 //!
-//! Both formats are read, the zip archive of torch 1.6 and later ([`archive`]) and the one before
-//! ([`legacy`]); the tar archives of the first versions are refused. The pickle is taken as data
+//! Both formats are read, the zip archive of torch 1.6 and later (`archive`) and the one before
+//! (`legacy`); the tar archives of the first versions are refused. The pickle is taken as data
 //! (`container/pickle.rs`): nothing in it is executed, and a pickle that calls what no file of
-//! tensors needs is refused as a whole, by the rule in [`globals`]. [`state`] says which tensors a
-//! file has and what they are called; [`view`] where their bytes are. A tensor is a slice of the
+//! tensors needs is refused as a whole, by the rule in `globals`. `state` says which tensors a
+//! file has and what they are called; `view` where their bytes are. A tensor is a slice of the
 //! mapped file wherever its elements lie in order.
 //!
 //! Refused by name: big-endian files, compressed archives, TorchScript, quantised, sparse and
@@ -91,9 +91,6 @@ fn read_mapped(path: &Path, file: &Arc<MappedFile>) -> Result<TensorFile, TorchP
 /// The pickle of an archive.
 fn archived_pickle<'a>(bytes: &'a [u8], archive: &Archive) -> Result<Pickle<'a>, TorchProblem> {
     let entry = |name: &str| archive.find(name).and_then(|range| bytes.get(range));
-    if entry("constants.pkl").is_some() {
-        return Err(TorchProblem::TorchScript);
-    }
     match entry("byteorder") {
         None | Some(b"little") => {}
         Some(b"big") => return Err(TorchProblem::BigEndian),
