@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
+use crate::container::torch::TorchProblem;
 use crate::dtype::Dtype;
 
 /// The result of this crate's operations.
@@ -56,6 +57,14 @@ pub enum Error {
         path: PathBuf,
         /// Which rule is broken.
         problem: HeaderProblem,
+    },
+    /// A file that `torch.save` wrote, or that looks like one, cannot be read.
+    #[error("{}: {problem}", path.display())]
+    Torch {
+        /// The file.
+        path: PathBuf,
+        /// Which rule is broken.
+        problem: TorchProblem,
     },
     /// A malformed shard index.
     #[error("{}: {problem}", path.display())]
@@ -305,7 +314,9 @@ pub enum DetectProblem {
          model.safetensors.index.json: the model is incomplete"
     )]
     OneOfSeveral { file: String },
-    #[error("the directory holds no adapter: looked for adapter_model.safetensors")]
+    #[error(
+        "the directory holds no adapter: looked for adapter_model.safetensors and adapter_model.bin"
+    )]
     NoAdapter,
     #[error(
         "the directory holds no adapter_model.safetensors, but {} {}", names.join(", "),

@@ -46,3 +46,27 @@ pub const EXPANSION_BYTES: u64 = 1024 * 1024 * 1024;
 /// The same as a multiple of the bytes that the adapter stores, if that is less: a convolution of
 /// k × k takes up to k², with k up to 8.
 pub const EXPANSION_FACTOR: u64 = 64;
+/// Bytes of the pickle of a `torch.save` file; the storages lie outside it. A checkpoint of a
+/// thousand tensors has a tenth of a megabyte.
+pub const PICKLE_BYTES: usize = 32 * 1024 * 1024;
+/// Instructions of a pickle. A tensor takes some 35; each holds less than 100 bytes of memory.
+pub const PICKLE_INSTRUCTIONS: usize = 8_000_000;
+/// Values of a pickle that may be begun inside one another. Python's own pickler stops at about
+/// 1000.
+pub const PICKLE_DEPTH: usize = 1000;
+/// Dicts inside one another whose tensors are named.
+pub const NESTING: usize = 64;
+/// Parameters inside one another.
+pub const PARAMETER_DEPTH: usize = 4;
+/// Bytes of the module, or of the name in it, of a global that a pickle names.
+pub const GLOBAL_BYTES: usize = 1024;
+/// Parts and bytes of text of one value that lies beside the tensors of a pickle. What has more is
+/// kept by name alone.
+pub const PLAIN_VALUE: usize = 100_000;
+/// The same of all such values of a file together.
+pub const PLAIN_VALUES: usize = 2_000_000;
+/// Entries of a zip archive: a tensor and a little more.
+pub const ARCHIVE_ENTRIES: usize = TENSORS + 1000;
+/// Bytes of the tensors of a `torch.save` file whose elements do not lie in order, once they do, as
+/// a multiple of the file's: a transposed view takes what its storage does, an expanded one more.
+pub const VIEW_COPY_FACTOR: u64 = 4;

@@ -814,6 +814,8 @@ pub enum Note {
     NoAlpha { modules: usize },
     /// A tensor that only training needed, or that repeats another.
     PassedOver { tensor: String, reason: &'static str },
+    /// A directory holds the adapter's tensors in two files; one was read.
+    PickleBeside { file: &'static str, read: &'static str },
 }
 
 impl fmt::Display for Note {
@@ -867,6 +869,9 @@ impl fmt::Display for Note {
                  this format takes it"
             ),
             Note::PassedOver { tensor, reason } => write!(f, "`{tensor}` is passed over: {reason}"),
+            Note::PickleBeside { file, read } => {
+                write!(f, "{file} is not read: {read} lies beside it")
+            }
         }
     }
 }

@@ -103,7 +103,7 @@ const ADAPTERS: [(&str, &str); 35] = [
       named `….lora_A.weight` or `….lora_B.weight`\nhint: the order is BASE ADAPTER; is this \
       file perhaps a base model?"),
     ("no-weights",
-     "error: @: the directory holds no adapter: looked for adapter_model.safetensors\nhint: \
+     "error: @: the directory holds no adapter: looked for adapter_model.safetensors and adapter_model.bin\nhint: \
       give the directory that holds adapter_model.safetensors; PEFT saves adapters with names \
       of their own in subdirectories"),
     ("rank-mismatch",

@@ -487,7 +487,8 @@ const ADAPTERS: &[(&str, &str)] = &[
     ),
     (
         "no-weights",
-        "no-weights: the directory holds no adapter: looked for adapter_model.safetensors",
+        "no-weights: the directory holds no adapter: looked for adapter_model.safetensors and \
+         adapter_model.bin",
     ),
     (
         "rank-mismatch",

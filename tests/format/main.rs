@@ -9,6 +9,7 @@ mod native;
 mod peft;
 mod python;
 mod safetensors;
+mod torch;
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};

@@ -1,4 +1,5 @@
-//! loralib (microsoft/LoRA), the package of the LoRA paper: `lora_state_dict` saved as safetensors.
+//! loralib (microsoft/LoRA), the package of the LoRA paper: `lora_state_dict`, saved by torch or as
+//! safetensors.
 //!
 //! The keys are `<module>.lora_A` and `<module>.lora_B`, with trained biases beside them. Nothing
 //! else is stored: alpha comes from the user, and what kind of layer the factors belong to from

@@ -80,7 +80,10 @@ pub fn read(path: &Path, options: &ReadOptions) -> Result<Adapter> {
 /// Reads the tensors of another format, in whatever container.
 fn read_tensors(file: TensorFile, options: &ReadOptions) -> Result<Adapter> {
     let config = peft::config_beside(&file.path);
-    let named = file.path.file_name().is_some_and(|name| name == peft::MODEL_FILE);
+    let named = file
+        .path
+        .file_name()
+        .is_some_and(|name| name == peft::MODEL_FILE || name == peft::PICKLE_FILE);
     // Names that these share with PEFT are PEFT's where its configuration lies beside them.
     if kohya::is_kohya(&file) && config.is_none() {
         return kohya::read(file, options);

@@ -1,6 +1,8 @@
 //! Containers: files of named tensors, whatever they mean.
 
+mod pickle;
 pub mod safetensors;
+pub mod torch;
 
 use std::io::{Read, Seek};
 use std::path::{Path, PathBuf};
@@ -9,6 +11,7 @@ use crate::error::{DetectProblem, Error, IoContext, Result};
 use crate::io::opened::OpenedFile;
 use crate::tensor::{self, Tensor};
 use safetensors::SafetensorsFile;
+use torch::PlainValue;
 
 /// The tensors of one file, mapped.
 #[derive(Debug)]
@@ -17,10 +20,12 @@ pub struct TensorFile {
     pub path: PathBuf,
     /// What kind of file it is.
     pub container: Container,
-    /// Its tensors, in the order of their data.
+    /// Its tensors, in the order of their data, or of the dict that holds them in a pickle.
     pub tensors: Vec<Tensor>,
     /// The file's own string metadata; only safetensors files have any.
     pub metadata: Vec<(String, String)>,
+    /// What it holds that is no tensor; only pickles hold any.
+    pub values: Vec<(String, PlainValue)>,
 }
 
 /// The containers that tensors come in.
@@ -45,7 +50,7 @@ impl Container {
         let mut file = opened.file();
         let mut start = Vec::new();
         file.rewind().at(opened.path(), "read")?;
-        file.take(8).read_to_end(&mut start).at(opened.path(), "read")?;
+        file.take(512).read_to_end(&mut start).at(opened.path(), "read")?;
         Ok(Container::beginning(&start))
     }
 
@@ -58,6 +63,8 @@ impl Container {
                 Container::Torch
             }
             [b'G', b'G', b'U', b'F', ..] => Container::Gguf,
+            // The oldest format of torch, which its reader refuses by name.
+            _ if torch::is_tar(start) => Container::Torch,
             _ => Container::Safetensors,
         }
     }
@@ -79,7 +86,8 @@ impl TensorFile {
     pub fn of(opened: OpenedFile) -> Result<TensorFile> {
         match Container::of(&opened)? {
             Container::Safetensors => TensorFile::of_safetensors(&SafetensorsFile::of(opened)?),
-            Container::Torch | Container::Gguf => {
+            Container::Torch => torch::read(opened),
+            Container::Gguf => {
                 let path = opened.path();
                 let suffix = path.extension().unwrap_or_default().to_string_lossy();
                 let problem = DetectProblem::OtherContainer { suffix: format!(".{suffix}") };
@@ -98,6 +106,7 @@ impl TensorFile {
             container: Container::Safetensors,
             tensors: tensor::map_all(file)?,
             metadata: file.header().metadata.clone(),
+            values: Vec::new(),
         })
     }
 

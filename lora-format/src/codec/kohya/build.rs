@@ -297,8 +297,9 @@ impl Builder {
         Some(match (form, axis) {
             (Form::LowRank(form), GainAxis::Out) => {
                 // PEFT's is a vector.
-                let shape = vec![magnitude.elements()];
-                Form::LowRank(LowRank { magnitude: Some(Tensor { shape, ..magnitude }), ..form })
+                let mut vector = magnitude;
+                vector.shape = vec![vector.elements()];
+                Form::LowRank(LowRank { magnitude: Some(vector), ..form })
             }
             (form, axis) => {
                 Form::Decomposed(Decomposed { change: Box::new(form), magnitude, axis })

@@ -1,4 +1,5 @@
-//! PEFT: a directory with `adapter_config.json` and `adapter_model.safetensors`.
+//! PEFT: a directory with `adapter_config.json` and `adapter_model.safetensors`, or the
+//! `adapter_model.bin` of earlier versions.
 //!
 //! Every field of the configuration and every tensor is understood, or refused by name: `config`
 //! knows the fields, `methods` the methods, `tensors` takes the names apart, and what they hold
@@ -39,6 +40,8 @@ use crate::model::{Adapter, AdapterFormat, Note, Scaling, SourceConfig};
 pub const CONFIG_FILE: &str = "adapter_config.json";
 /// The tensors.
 pub const MODEL_FILE: &str = "adapter_model.safetensors";
+/// The tensors as `torch.save` writes them, where there is no [`MODEL_FILE`].
+pub const PICKLE_FILE: &str = "adapter_model.bin";
 
 const PREFIX: &str = "base_model.model.";
 const A_SUFFIX: &str = ".lora_A.weight";
@@ -60,25 +63,29 @@ pub(super) fn config_beside(path: &Path) -> Option<PathBuf> {
 /// Reads a PEFT directory.
 pub(super) fn read_directory(path: &Path, options: &ReadOptions) -> Result<Adapter> {
     let unrecognised = |problem| Error::Unrecognised { path: path.to_owned(), problem };
-    let Some(model) = existing(path, MODEL_FILE) else {
-        let pickle = existing(path, "adapter_model.bin");
+    let Some(model) = model_file(path) else {
         // Without tensors, the configuration alone may say that this is no LoRA at all.
         if let Some(config) = existing(path, CONFIG_FILE) {
             let config = json::read_object(&config, limits::CONFIG_BYTES)?;
             config::check(path, &config, options, &mut Vec::new())?;
         }
-        return Err(unrecognised(match pickle {
-            Some(_) => DetectProblem::PickleOnly { file: "adapter_model.bin".to_owned() },
-            None => match adapters_inside(path)? {
-                names if names.is_empty() => DetectProblem::NoAdapter,
-                names => DetectProblem::AdaptersInside { names },
-            },
+        return Err(unrecognised(match adapters_inside(path)? {
+            names if names.is_empty() => DetectProblem::NoAdapter,
+            names => DetectProblem::AdaptersInside { names },
         }));
     };
     let file = TensorFile::open(&model)?;
     let mut adapter = read_file(file, existing(path, CONFIG_FILE).as_deref(), options)?;
+    if model.ends_with(MODEL_FILE) && existing(path, PICKLE_FILE).is_some() {
+        adapter.notes.push(Note::PickleBeside { file: PICKLE_FILE, read: MODEL_FILE });
+    }
     adapter.path = path.to_owned();
     Ok(adapter)
+}
+
+/// The file that a PEFT directory keeps its tensors in. PEFT too looks for this one first.
+fn model_file(directory: &Path) -> Option<PathBuf> {
+    existing(directory, MODEL_FILE).or_else(|| existing(directory, PICKLE_FILE))
 }
 
 /// Subdirectories that hold an adapter: PEFT saves one there unless it is called `default`.
@@ -86,7 +93,7 @@ fn adapters_inside(path: &Path) -> Result<Vec<String>> {
     let mut names = Vec::new();
     for entry in std::fs::read_dir(path).at(path, "list")? {
         let inner = entry.at(path, "list")?.path();
-        if existing(&inner, MODEL_FILE).is_some() {
+        if model_file(&inner).is_some() {
             names.push(format!("`{}`", inner.display()));
         }
     }
@@ -207,10 +214,12 @@ pub(crate) fn format_named(path: &Path, name: &str) -> Result<AdapterFormat> {
 /// # Errors
 /// [`Error::Io`].
 pub fn other_files(directory: &Path) -> Result<Vec<String>> {
+    let model = model_file(directory);
+    let model = model.as_deref().and_then(Path::file_name).unwrap_or(MODEL_FILE.as_ref());
     let mut names = Vec::new();
     for entry in std::fs::read_dir(directory).at(directory, "list")? {
         let name = entry.at(directory, "list")?.file_name().to_string_lossy().into_owned();
-        if name != CONFIG_FILE && name != MODEL_FILE {
+        if name != CONFIG_FILE && model != &*name {
             names.push(name);
         }
     }
