@@ -270,7 +270,7 @@ struct Stored {
     shard: String,
 }
 
-/// `lora-cli/convert/1`
+/// `lora-cli/convert/2`
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Convert {
@@ -280,6 +280,7 @@ struct Convert {
     output: String,
     output_format: String,
     components: u64,
+    changes: Vec<String>,
     not_carried: Vec<String>,
     notes: Vec<String>,
 }
@@ -616,7 +617,7 @@ fn a_conversion_and_a_stamp() {
     std::fs::write(scratch.path("lora/README.md"), "card").unwrap();
     let ran = scratch.cli(&["convert", "lora", "--to", "lora", "-o", "own.safetensors", "--json"]);
     let converted: Convert = report(&ran, 0);
-    assert_eq!(converted.schema, "lora-cli/convert/1");
+    assert_eq!(converted.schema, "lora-cli/convert/2");
     assert_eq!((converted.input.as_str(), converted.input_format.as_str()), ("lora", "peft"));
     assert_eq!(converted.output, "own.safetensors");
     assert_eq!((converted.output_format.as_str(), converted.components), ("lora", 1));

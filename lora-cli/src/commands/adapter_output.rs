@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use clap::ValueEnum;
-use lora_format::codec::peft;
+use lora_format::codec::{WriteOptions, Written, kohya, loralib, peft};
 use lora_format::model::AdapterFormat;
 use lora_format::{Adapter, Error, native};
 
@@ -17,23 +17,49 @@ pub(crate) enum OutputFormat {
     Lora,
     /// A PEFT directory
     Peft,
+    /// A file of sd-scripts or LyCORIS
+    Kohya,
+    /// A file of diffusers
+    Diffusers,
+    /// A file with ComfyUI's generic names
+    Comfy,
+    /// A file of OneTrainer
+    Onetrainer,
+    /// loralib's state dict, as a safetensors file
+    Loralib,
 }
 
 impl OutputFormat {
     /// The one that an adapter of some format is written in if no other is asked for: its own, or
     /// ours if that is only read.
     pub(crate) fn of(format: AdapterFormat) -> OutputFormat {
-        match format {
-            AdapterFormat::Peft => OutputFormat::Peft,
-            _ => OutputFormat::Lora,
+        let written = OutputFormat::value_variants().iter().copied();
+        written.into_iter().find(|it| it.format() == format).unwrap_or(OutputFormat::Lora)
+    }
+
+    /// The format.
+    pub(crate) fn format(self) -> AdapterFormat {
+        match self {
+            OutputFormat::Lora => AdapterFormat::Native,
+            OutputFormat::Peft => AdapterFormat::Peft,
+            OutputFormat::Kohya => AdapterFormat::Kohya,
+            OutputFormat::Diffusers => AdapterFormat::Diffusers,
+            OutputFormat::Comfy => AdapterFormat::Comfy,
+            OutputFormat::Onetrainer => AdapterFormat::OneTrainer,
+            OutputFormat::Loralib => AdapterFormat::Loralib,
         }
     }
 
     /// Its name, as `--to` takes it.
     pub(crate) fn name(self) -> &'static str {
+        self.format().name()
+    }
+
+    /// The files that it writes in a directory, if it writes one.
+    fn files(self) -> Option<&'static [&'static str]> {
         match self {
-            OutputFormat::Lora => AdapterFormat::Native.name(),
-            OutputFormat::Peft => AdapterFormat::Peft.name(),
+            OutputFormat::Peft => Some(&[peft::MODEL_FILE, peft::CONFIG_FILE]),
+            _ => None,
         }
     }
 
@@ -43,9 +69,9 @@ impl OutputFormat {
         if adapter.format == AdapterFormat::Peft && adapter.path.is_dir() {
             lost = peft::other_files(&adapter.path)?;
         }
-        if self == OutputFormat::Peft {
+        if self != OutputFormat::Lora {
             if adapter.base.fingerprint.is_some() {
-                lost.push("the base's fingerprint (PEFT has no place for it)".to_owned());
+                lost.push(format!("the base's fingerprint ({} has no place for it)", self.name()));
             }
             lost.extend(adapter.extensions.keys().map(|name| format!("the extension `{name}`")));
         }
@@ -69,32 +95,78 @@ impl OutputFormat {
             let message = format!("{}: not replaced: {reason}", output.display());
             Err(Failure::new(message, Some("choose another -o, or remove it yourself")))
         };
-        match (self, found.is_dir()) {
-            (OutputFormat::Lora, true) => refuse("it is a directory, and the output is a file"),
-            (OutputFormat::Peft, false) => refuse("it is a file, and the output is a directory"),
-            (OutputFormat::Peft, true) if !output.join(peft::MODEL_FILE).exists() => {
-                refuse("it holds no adapter")
+        match (self.files(), found.is_dir()) {
+            (None, true) => refuse("it is a directory, and the output is a file"),
+            (Some(_), false) => refuse("it is a file, and the output is a directory"),
+            (None, false) => Ok(()),
+            (Some(files), true) => {
+                if !files.iter().any(|file| output.join(file).exists()) {
+                    return refuse("it holds no adapter");
+                }
+                let names = names(output)?;
+                match names.iter().find(|name| !files.contains(&name.as_str())) {
+                    Some(file) => {
+                        refuse(&format!("it holds {file}, which is no part of an adapter"))
+                    }
+                    None => Ok(()),
+                }
             }
-            (OutputFormat::Peft, true) => match peft::other_files(output)?.first() {
-                Some(file) => refuse(&format!("it holds {file}, which is no part of an adapter")),
-                None => Ok(()),
-            },
-            (OutputFormat::Lora, false) => Ok(()),
         }
     }
 
-    /// Writes an adapter, complete or not at all.
+    /// Writes an adapter, exactly, complete or not at all.
     pub(crate) fn write(
         self,
         adapter: &Adapter,
         output: &Path,
         write: &WriteArguments,
-    ) -> Result<(), Failure> {
-        let (overwrite, durability) = (write.overwrite(), write.durability());
-        match self {
-            OutputFormat::Lora => native::write(adapter, output, overwrite, durability)?,
-            OutputFormat::Peft => peft::write_directory(adapter, output, overwrite, durability)?,
-        }
-        Ok(())
+    ) -> Result<Written, Failure> {
+        self.write_with(adapter, output, write, &WriteOptions::default())
     }
+
+    /// The same, with what the user allows.
+    pub(crate) fn write_with(
+        self,
+        adapter: &Adapter,
+        output: &Path,
+        write: &WriteArguments,
+        options: &WriteOptions,
+    ) -> Result<Written, Failure> {
+        let (overwrite, durability) = (write.overwrite(), write.durability());
+        Ok(match self {
+            OutputFormat::Lora => {
+                native::write(adapter, output, overwrite, durability)?;
+                Written::default()
+            }
+            OutputFormat::Peft => {
+                peft::write_directory(adapter, output, overwrite, durability)?;
+                Written::default()
+            }
+            OutputFormat::Loralib => {
+                loralib::write(adapter, output, options, overwrite, durability)?
+            }
+            OutputFormat::Kohya
+            | OutputFormat::Diffusers
+            | OutputFormat::Comfy
+            | OutputFormat::Onetrainer => {
+                kohya::write(adapter, self.format(), output, options, overwrite, durability)?
+            }
+        })
+    }
+}
+
+/// The names in a directory, sorted.
+fn names(directory: &Path) -> Result<Vec<String>, Failure> {
+    let listed = std::fs::read_dir(directory).and_then(|entries| {
+        entries
+            .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
+            .collect::<std::io::Result<Vec<String>>>()
+    });
+    let mut names = listed.map_err(|source| Error::Io {
+        path: directory.to_owned(),
+        action: "list",
+        source,
+    })?;
+    names.sort();
+    Ok(names)
 }

@@ -171,7 +171,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
 
     progress::interruptible();
     if let (Some(output), false) = (&arguments.output, arguments.dry_run) {
-        format.write(&resized, output, &arguments.write)?;
+        let written = format.write(&resized, output, &arguments.write)?;
+        printer::notes(&written.changes);
     }
     if let Some(path) = &arguments.csv {
         let (overwrite, durability) = (arguments.write.overwrite(), arguments.write.durability());

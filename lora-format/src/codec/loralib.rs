@@ -13,15 +13,18 @@
 //!   them.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use serde_json::Map;
 
-use super::ReadOptions;
+use super::{ReadOptions, WriteOptions, Written, folding};
 use crate::blocks::{self, Move};
 use crate::container::TensorFile;
+use crate::container::safetensors::{Declared, encode_header, storage_order};
 use crate::error::{AdapterProblem, DetectProblem, Error, ExpansionProblem, Result};
 use crate::factors::{self, FactorTensors};
 use crate::fingerprint::BaseIdentity;
+use crate::io::atomic::{AtomicFile, Durability, Overwrite};
 use crate::limits;
 use crate::model::{
     Adapter, AdapterFormat, Component, Form, Layer, LowRank, Note, Scaling, ScalingRule, Target,
@@ -98,6 +101,88 @@ pub(super) fn read(file: TensorFile, options: &ReadOptions) -> Result<Adapter> {
         extensions: Map::new(),
         notes: vec![Note::AlphaGiven { alpha: alpha.to_string() }],
     })
+}
+
+/// Writes factors as loralib names them, as a safetensors file, complete or not at all. Which alpha
+/// they must be loaded with, no file of loralib says: `written` does.
+///
+/// # Errors
+/// [`Error::Inexpressible`] for what loralib has no layer for, or for scales that one alpha does not
+/// give exactly unless that is allowed; [`Error::OutputExists`], [`Error::Io`].
+pub fn write(
+    adapter: &Adapter,
+    destination: &Path,
+    options: &WriteOptions,
+    overwrite: Overwrite,
+    durability: Durability,
+) -> Result<Written> {
+    let refuse =
+        |what| Error::Inexpressible { path: adapter.path.clone(), format: "loralib", what };
+    let alpha = common_alpha(adapter);
+    let mut written = Written::default();
+    let mut tensors = Vec::new();
+    for Component { target, form } in &adapter.components {
+        let mut put = |suffix: &str, mut tensor: Tensor| {
+            tensor.name = format!("{}{suffix}", target.module);
+            tensors.push(tensor);
+        };
+        match (target.parameter.as_str(), form) {
+            ("weight", Form::LowRank(form)) if is_loralibs(form) => {
+                let scales = (form.scale(), alpha / form.rank() as f64);
+                let b = folding::fold(&target.module, &form.b, scales, options, &mut written)
+                    .map_err(refuse)?;
+                put(A_SUFFIX, form.a.clone());
+                put(B_SUFFIX, b);
+            }
+            ("bias", Form::Replaced(tensor)) => put(".bias", tensor.clone()),
+            _ => {
+                return Err(refuse(format!(
+                    "a change of `{}` by {}",
+                    target.name(),
+                    form.method()
+                )));
+            }
+        }
+    }
+    tensors.sort_by(|x, y| storage_order((x.dtype, &x.name), (y.dtype, &y.name)));
+    let mut metadata = adapter.metadata.clone();
+    metadata.push(("format".to_owned(), "pt".to_owned()));
+    metadata.sort();
+    let declared = tensors.iter().map(|tensor| Declared {
+        name: &tensor.name,
+        dtype: tensor.dtype,
+        shape: &tensor.shape,
+        bytes: tensor.bytes().len() as u64,
+    });
+    let header = encode_header(&metadata, declared);
+    let mut parts: Vec<&[u8]> = vec![&header];
+    parts.extend(tensors.iter().map(Tensor::bytes));
+    let file = AtomicFile::create(destination, overwrite)?;
+    file.write_parts(&parts)?;
+    adapter.ensure_unchanged()?;
+    file.commit(durability)?;
+    written.changes.push(format!("the file holds no alpha: load it with alpha {alpha}"));
+    Ok(written)
+}
+
+/// Whether loralib has a layer whose state this is.
+fn is_loralibs(form: &LowRank) -> bool {
+    let layer = matches!(form.layer, Layer::Linear | Layer::Embedding | Layer::Merged);
+    layer && form.rank_gain.is_none() && form.magnitude.is_none()
+}
+
+/// The alpha that gives most of the changes their scale.
+fn common_alpha(adapter: &Adapter) -> f64 {
+    let mut counts: BTreeMap<u64, usize> = BTreeMap::new();
+    for component in &adapter.components {
+        if let Form::LowRank(form) = &component.form {
+            let alpha = form.scale() * form.rank() as f64;
+            *counts.entry(alpha.to_bits()).or_default() += 1;
+        }
+    }
+    let most = counts.values().copied().max();
+    let found = counts.into_iter().find(|entry| Some(entry.1) == most);
+    found.map_or(1.0, |entry| f64::from_bits(entry.0))
 }
 
 /// The change that two factors form. Those of a fused projection are told by A's rows, of which
