@@ -38,6 +38,7 @@ pub mod io;
 pub mod json;
 pub mod limits;
 pub mod model;
+pub mod naming;
 pub mod native;
 pub mod pattern;
 mod tensor;
