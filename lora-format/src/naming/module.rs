@@ -59,6 +59,20 @@ impl Module {
         format!("{}.weight", self.diffusers)
     }
 
+    /// All of it on one line, as the fixtures have it: component, original parameter, module in
+    /// diffusers, shape, runs as `module row:original row:rows`, 1 if optional; tabs between.
+    pub fn line(&self) -> String {
+        let shape = format!("{:?}", self.shape).replace(' ', "");
+        let run = |run: &Run| format!("{}:{}:{}", run.module_row, run.original_row, run.rows);
+        let runs: Vec<String> = self.runs.iter().map(run).collect();
+        let runs = runs.join(",");
+        let optional = u8::from(self.optional);
+        format!(
+            "{:?}\t{}\t{}\t{shape}\t{runs}\t{optional}",
+            self.part, self.original, self.diffusers
+        )
+    }
+
     /// The original's path as adapters spell it: without `.weight`, whole if it ends otherwise.
     pub fn original_module(&self) -> &str {
         self.original.strip_suffix(".weight").unwrap_or(&self.original)

@@ -194,6 +194,10 @@ fn denoiser(architecture: Architecture, naming: Naming) -> Vec<Style> {
             vec![Style::new("unet.", Diffusers, Rewrite::Processor)]
         }
         Naming::Processor => Vec::new(),
+        // Z-Image is also trained as diffusers cuts it, and saved behind ComfyUI's prefix.
+        Naming::Comfy if architecture == Architecture::ZImage => {
+            [Original, Diffusers].map(|side| plain("diffusion_model.", side)).to_vec()
+        }
         Naming::Comfy => vec![plain("diffusion_model.", Original)],
         Naming::XFlux if architecture == Architecture::Flux1 => {
             let prefixes = ["", "diffusion_model."];

@@ -5,7 +5,7 @@ use super::module::{Builder, Module, Part};
 const HEAD: usize = 128;
 
 /// The three projections of an attention, `width` rows each.
-fn three<'a>(names: &'a [String; 3], width: usize) -> [(&'a str, usize); 3] {
+fn three(names: &[String; 3], width: usize) -> [(&str, usize); 3] {
     names.each_ref().map(|name| (name.as_str(), width))
 }
 
