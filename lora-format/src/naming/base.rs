@@ -217,6 +217,8 @@ pub struct BaseNames {
 
 /// What a base may have before its own paths, and an adapter not.
 const CONTAINERS: [&str; 2] = ["model.diffusion_model.", "diffusion_model."];
+/// Parameters remembered of those that share a spelling: any two make it ambiguous.
+const CANDIDATES: usize = 8;
 /// Prefixes before a path.
 const DOTTED: [&str; 6] =
     ["base_model.model.", "diffusion_model.", "transformer.", "unet.", "text_encoders.", ""];
@@ -224,7 +226,7 @@ const DOTTED: [&str; 6] =
 const FLATTENED: [&str; 4] = ["lora_unet_", "lora_transformer_", "lycoris_", "lora_te_"];
 
 impl BaseNames {
-    /// The names of a base's parameters.
+    /// The names of a base's parameters, which differ from each other.
     pub fn new<'a>(parameters: impl IntoIterator<Item = &'a str>) -> BaseNames {
         let mut names = BaseNames::default();
         for parameter in parameters {
@@ -242,7 +244,7 @@ impl BaseNames {
     fn insert(&mut self, path: &str, parameter: &str) {
         let add = |table: &mut HashMap<String, Vec<String>>, path: String| {
             let known = table.entry(path).or_default();
-            if !known.iter().any(|each| each == parameter) {
+            if known.len() < CANDIDATES {
                 known.push(parameter.to_owned());
             }
         };

@@ -278,13 +278,19 @@ fn every_architecture_is_recognised_in_both_layouts() {
             }
             let linked = Catalogue::of_base(&base).unwrap().unwrap();
             assert_eq!(linked.catalogue().architecture(), architecture);
-            let names = linked.catalogue().names(Naming::Kohya);
-            let first = names.iter().find(|name| name.contains("blocks_0")).unwrap_or_default();
-            if let Ok(resolved) = names.resolve(first) {
-                for piece in linked.pieces(resolved).unwrap() {
-                    assert!(base.contains_key(&piece.name), "{}", piece.name);
+            let mut covered: BTreeMap<String, usize> = BTreeMap::new();
+            for (index, module) in catalogue.modules().iter().enumerate() {
+                if module.part != Part::Denoiser || module.optional {
+                    continue;
+                }
+                for piece in linked.pieces(&catalogue.whole(index).unwrap()).unwrap() {
+                    assert_eq!(base[&piece.name][0], piece.total);
+                    *covered.entry(piece.name).or_default() += piece.rows;
                 }
             }
+            // Every row of the base belongs to one module.
+            let rows = base.iter().map(|(name, shape)| (name.clone(), shape[0]));
+            assert!(covered.into_iter().eq(rows), "{side:?}");
         }
     }
 }
