@@ -39,6 +39,7 @@ pub mod json;
 pub mod limits;
 pub mod metadata;
 pub mod model;
+pub mod naming;
 pub mod native;
 pub mod pattern;
 mod tensor;
