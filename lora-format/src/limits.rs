@@ -46,3 +46,11 @@ pub const EXPANSION_BYTES: u64 = 1024 * 1024 * 1024;
 /// The same as a multiple of the bytes that the adapter stores, if that is less: a convolution of
 /// k × k takes up to k², with k up to 8.
 pub const EXPANSION_FACTOR: u64 = 64;
+/// Dimensions of a tensor of a GGUF file: ggml's own limit.
+pub const GGUF_DIMENSIONS: usize = 4;
+/// Bytes of one string value of a GGUF file; a tokenizer's template is the longest in use.
+pub const GGUF_STRING_BYTES: usize = 16 * 1024 * 1024;
+/// Elements of one array value of a GGUF file; a vocabulary has under a million.
+pub const GGUF_ARRAY_ELEMENTS: usize = 16 * 1024 * 1024;
+/// Layers and experts that a name may count.
+pub const NAMED_INDEX: usize = 100_000;

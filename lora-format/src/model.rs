@@ -116,6 +116,12 @@ pub enum AdapterFormat {
     Peft,
     /// What `loralib.lora_state_dict` returns, as a safetensors file.
     Loralib,
+    /// A LoRA adapter of llama.cpp, a GGUF file.
+    Gguf,
+    /// A directory of mlx-lm's.
+    Mlx,
+    /// torchtune's state dict of an adapter.
+    Torchtune,
 }
 
 impl AdapterFormat {
@@ -125,6 +131,9 @@ impl AdapterFormat {
             AdapterFormat::Native => "lora",
             AdapterFormat::Peft => "peft",
             AdapterFormat::Loralib => "loralib",
+            AdapterFormat::Gguf => "gguf",
+            AdapterFormat::Mlx => "mlx",
+            AdapterFormat::Torchtune => "torchtune",
         }
     }
 }

@@ -1,5 +1,6 @@
 //! Containers: files of named tensors, whatever they mean.
 
+pub mod gguf;
 pub mod safetensors;
 
 use std::io::{Read, Seek};
