@@ -43,7 +43,7 @@ pub mod pattern;
 mod tensor;
 pub mod vocabulary;
 
-pub use codec::{ReadOptions, read};
+pub use codec::{ReadOptions, WriteOptions, Written, read};
 pub use dtype::{Dtype, UnknownDtype};
 pub use error::{
     AdapterProblem, BaseProblem, DetectProblem, Error, ExpansionLimit, ExpansionProblem,

@@ -4,11 +4,18 @@
 //! ours; one whose tensors are named as PEFT names them, or that lies beside PEFT's configuration
 //! under PEFT's name, is PEFT's; one with `lora_A` and `lora_B` alone is loralib's.
 
+mod base;
+mod folding;
+pub mod gguf;
 pub mod loralib;
 pub mod peft;
+mod rearrange;
 
 use std::path::{Path, PathBuf};
 
+use serde_json::{Map, Value};
+
+use crate::container::gguf::GgufFile;
 use crate::container::safetensors::SafetensorsFile;
 use crate::container::{Container, TensorFile};
 use crate::error::{DetectProblem, Error, Result};
@@ -30,6 +37,25 @@ pub struct ReadOptions {
     /// loralib's `enable_lora`: which of the equal groups of rows of a fused projection have a
     /// change.
     pub enable_lora: Option<Vec<bool>>,
+    /// The base's `config.json`, for formats that store rows in the order of its heads.
+    pub base_config: Option<Map<String, Value>>,
+}
+
+/// What the user may say about the adapter to be written in another format.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct WriteOptions {
+    /// What the format cannot hold exactly may be rounded; [`Written`] says what was.
+    pub allow_lossy: bool,
+    /// The base's `config.json`.
+    pub base_config: Option<Map<String, Value>>,
+}
+
+/// What a writer had to say in another way than the adapter does.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Written {
+    /// One line each: scales multiplied into B and zeros added, exactly; if it was allowed, what
+    /// was rounded.
+    pub changes: Vec<String>,
 }
 
 /// Reads an adapter of any known format.
@@ -53,6 +79,9 @@ pub fn read(path: &Path, options: &ReadOptions) -> Result<Adapter> {
             return Ok(adapter);
         }
         return read_tensors(TensorFile::of_safetensors(&file)?, options);
+    }
+    if Container::of(&opened)? == Container::Gguf {
+        return gguf::read(&GgufFile::of(opened)?, options);
     }
     read_tensors(TensorFile::of(opened)?, options)
 }

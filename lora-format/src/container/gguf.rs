@@ -99,8 +99,8 @@ impl GgufValue {
             GgufValue::U64(value) => out.extend(value.to_le_bytes()),
             GgufValue::I64(value) => out.extend(value.to_le_bytes()),
             GgufValue::F64(value) => out.extend(value.to_le_bytes()),
-            // Its elements were not kept; of u8 and none is what can be said.
-            GgufValue::Array { .. } => out.extend([0; 12]),
+            // Refused before.
+            GgufValue::Array { .. } => {}
         }
     }
 }
@@ -529,13 +529,17 @@ static PADDING: [u8; ALIGNMENT as usize] = [0; ALIGNMENT as usize];
 
 impl<'a> Encoded<'a> {
     /// Describes `tensors`, in that order; `None` if one is not stored as F32, F16 or BF16, has
-    /// more than four dimensions, or all are too large to count their bytes.
+    /// more than four dimensions, all are too large to count their bytes, or a value is an array,
+    /// whose elements are not kept.
     pub fn of(values: &[(String, GgufValue)], tensors: &'a [Tensor]) -> Option<Encoded<'a>> {
         let mut header = MAGIC.to_vec();
         header.extend(VERSION.to_le_bytes());
         header.extend((tensors.len() as u64).to_le_bytes());
         header.extend((values.len() as u64).to_le_bytes());
         for (key, value) in values {
+            if matches!(value, GgufValue::Array { .. }) {
+                return None;
+            }
             push_string(&mut header, key);
             header.extend(value.number().to_le_bytes());
             value.push_to(&mut header);
