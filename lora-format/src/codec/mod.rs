@@ -2,14 +2,18 @@
 //!
 //! The format is detected from content: a safetensors file that carries our configuration is
 //! ours; one whose tensors are named as PEFT names them, or that lies beside PEFT's configuration
-//! under PEFT's name, is PEFT's; one with `lora_A` and `lora_B` alone is loralib's.
+//! under PEFT's name, is PEFT's; one with `lora_A` and `lora_B` alone is loralib's, with `lora_a`
+//! and `lora_b` mlx-lm's, and with `lora_a.weight` and `lora_b.weight` torchtune's. A GGUF file is
+//! one of llama.cpp's.
 
 mod base;
 mod folding;
 pub mod gguf;
 pub mod loralib;
+pub mod mlx;
 pub mod peft;
 mod rearrange;
+pub mod torchtune;
 
 use std::path::{Path, PathBuf};
 
@@ -68,6 +72,14 @@ pub fn read(path: &Path, options: &ReadOptions) -> Result<Adapter> {
         return Err(unrecognised(DetectProblem::NotFound));
     };
     if metadata.is_dir() {
+        if existing(path, peft::MODEL_FILE).is_none() && mlx::is_mlx_directory(path) {
+            return mlx::read_directory(path, options);
+        }
+        if existing(path, peft::MODEL_FILE).is_none()
+            && let Some(file) = torchtune::file_in(path)
+        {
+            return torchtune::read_directory(path, &file, options);
+        }
         return peft::read_directory(path, options);
     }
     let opened = OpenedFile::open(path)?;
@@ -98,6 +110,12 @@ fn read_tensors(file: TensorFile, options: &ReadOptions) -> Result<Adapter> {
             Some(config) => peft::read_file(file, Some(&config), options),
             None => loralib::read(file, options),
         };
+    }
+    if mlx::is_mlx(&file) {
+        return mlx::read(file, options);
+    }
+    if torchtune::is_torchtune(&file) {
+        return torchtune::read(file, options);
     }
     let first = file.tensors.first().map(|tensor| tensor.name.clone());
     let problem = DetectProblem::NotAnAdapter { tensors: file.tensors.len(), first };

@@ -228,7 +228,15 @@ impl<'a> Writer<'a> {
         written: &mut Written,
     ) -> Result<(Tensor, Tensor)> {
         let last = group.keys().flatten().max().copied().unwrap_or(0);
-        let count = self.base.experts()?.unwrap_or(last + 1);
+        let count = match self.base.experts()? {
+            Some(count) => count,
+            None if last + 1 == group.len() => last + 1,
+            None => {
+                let field = "num_experts";
+                let (expected, found) = ("a count", "nothing".to_owned());
+                return Err(self.base.problem(BaseProblem::Field { field, expected, found }));
+            }
+        };
         if last >= count {
             return Err(self.refuse(format!("expert {last} of `{name}`: the base has {count}")));
         }
