@@ -1,6 +1,8 @@
 //! Moving a tensor's elements: transposing, reordering the rows of rotary heads, stacking, adding
-//! zeros. No value changes.
+//! zeros. No value changes. Tensors without elements are not moved: their lengths say nothing of
+//! their size, and may be anything.
 
+use crate::limits;
 use crate::tensor::Tensor;
 
 /// The matrix transposed; `None` if it is none, or its elements are no whole bytes.
@@ -8,6 +10,9 @@ pub(super) fn transposed(tensor: &Tensor) -> Option<Tensor> {
     let &[rows, columns] = tensor.shape.as_slice() else { return None };
     let size = element_bytes(tensor)?;
     let source = tensor.bytes();
+    if source.is_empty() {
+        return None;
+    }
     let mut bytes = Vec::with_capacity(source.len());
     for column in 0..columns {
         for row in 0..rows {
@@ -49,7 +54,7 @@ fn head_size(tensor: &Tensor, heads: usize) -> Option<usize> {
 fn reordered(tensor: &Tensor, source: impl Fn(usize) -> usize) -> Option<Tensor> {
     let rows = *tensor.shape.first()?;
     let all = tensor.bytes();
-    let size = all.len().checked_div(rows)?;
+    let size = all.len().checked_div(rows).filter(|&size| size > 0)?;
     let mut bytes = Vec::with_capacity(all.len());
     for row in 0..rows {
         let at = source(row) * size;
@@ -70,11 +75,11 @@ pub(super) fn stacked(name: String, tensors: &[Tensor]) -> Option<Tensor> {
     Tensor::new(name, first.dtype, shape, bytes)
 }
 
-/// The inverse of [`stacked`]; `None` for a tensor without dimensions or of length 0.
+/// The inverse of [`stacked`]; `None` for a tensor without dimensions or elements.
 pub(super) fn unstacked(tensor: &Tensor) -> Option<Vec<Tensor>> {
     let (&count, shape) = tensor.shape.split_first()?;
     let all = tensor.bytes();
-    let size = all.len().checked_div(count)?;
+    let size = all.len().checked_div(count).filter(|&size| size > 0)?;
     let part = |index: usize| {
         let bytes = all.get(index * size..(index + 1) * size)?.to_vec();
         Tensor::new(format!("{}[{index}]", tensor.name), tensor.dtype, shape.to_vec(), bytes)
@@ -82,7 +87,8 @@ pub(super) fn unstacked(tensor: &Tensor) -> Option<Vec<Tensor>> {
     (0..count).map(part).collect()
 }
 
-/// The matrix with zeros below and to the right, `rows` × `columns`; `None` if it is larger.
+/// The matrix with zeros below and to the right, `rows` × `columns`; `None` if it is larger, or the
+/// zeros would be more than [`limits::EXPANSION_BYTES`] and [`limits::EXPANSION_FACTOR`] allow.
 pub(super) fn padded(tensor: &Tensor, rows: usize, columns: usize) -> Option<Tensor> {
     let &[old_rows, old_columns] = tensor.shape.as_slice() else { return None };
     if (old_rows, old_columns) == (rows, columns) {
@@ -91,7 +97,10 @@ pub(super) fn padded(tensor: &Tensor, rows: usize, columns: usize) -> Option<Ten
     let size = element_bytes(tensor)?;
     let missing = columns.checked_sub(old_columns)?.checked_mul(size)?;
     let total = rows.checked_mul(columns)?.checked_mul(size)?;
-    if rows < old_rows {
+    let most = (tensor.bytes().len() as u64)
+        .saturating_mul(limits::EXPANSION_FACTOR)
+        .min(limits::EXPANSION_BYTES);
+    if rows < old_rows || total == 0 || total as u64 > most {
         return None;
     }
     let mut bytes = Vec::with_capacity(total);
@@ -151,6 +160,17 @@ mod tests {
     }
 
     #[test]
+    fn nothing_is_not_moved() {
+        let empty = |shape: &[usize]| {
+            Tensor::new("t".to_owned(), Dtype::F32, shape.to_vec(), Vec::new()).unwrap()
+        };
+        assert!(transposed(&empty(&[0, 1 << 50])).is_none());
+        assert!(paired(&empty(&[1 << 50, 0]), 2).is_none());
+        assert!(unstacked(&empty(&[1 << 50, 0, 0])).is_none());
+        assert!(padded(&empty(&[1 << 50, 0]), 1 << 51, 0).is_none());
+    }
+
+    #[test]
     fn stacks_and_zeros() {
         let parts = [matrix(1, 2), matrix(1, 2)];
         let stack = stacked("s".to_owned(), &parts).unwrap();
@@ -161,5 +181,6 @@ mod tests {
         let larger = padded(&matrix(2, 1), 3, 2).unwrap();
         assert_eq!(numbers(&larger), [0, 0, 1, 0, 0, 0]);
         assert!(padded(&matrix(2, 1), 1, 1).is_none());
+        assert!(padded(&matrix(2, 1), 2, 65).is_none(), "too many zeros");
     }
 }
