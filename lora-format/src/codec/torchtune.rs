@@ -3,7 +3,7 @@
 //!
 //! Shapes are PEFT's, names are torchtune's own: `layers.N.attn.q_proj.lora_a.weight`,
 //! `.lora_b.weight`, and `.magnitude` of DoRA. For Llama, Mistral and Gemma, torchtune computes with
-//! the rows of q and k in the order of Meta's code ([`super::rearrange`]), so those of B, and the
+//! the rows of q and k in the order of Meta's code (`codec/rearrange.rs`), so those of B, and the
 //! magnitudes, are in that order too; for Qwen they are in transformers'. Which, and how many heads
 //! there are, only the base's `config.json` says.
 //!

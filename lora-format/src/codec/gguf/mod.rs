@@ -6,7 +6,7 @@
 //! PEFT's, but for
 //!
 //! - the rows of B of a rotary projection, which Llama and its relatives have in another order
-//!   ([`super::rearrange`]): the base's `config.json` says how many heads there are;
+//!   (`codec/rearrange.rs`): the base's `config.json` says how many heads there are;
 //! - A of the token embedding, which is transposed;
 //! - the experts of a layer, which are stacked: A experts × rank × in, B experts × out × rank.
 //!
