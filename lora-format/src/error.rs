@@ -66,6 +66,22 @@ pub enum Error {
         /// Which rule is broken.
         problem: TorchProblem,
     },
+    /// A malformed GGUF file.
+    #[error("{}: not a valid GGUF file: {problem}", path.display())]
+    Gguf {
+        /// The file.
+        path: PathBuf,
+        /// Which rule is broken.
+        problem: GgufProblem,
+    },
+    /// What is missing or wrong in the base's `config.json`, which a conversion needs.
+    #[error("{}: {problem}", path.display())]
+    Base {
+        /// The adapter.
+        path: PathBuf,
+        /// What is needed and what was found.
+        problem: BaseProblem,
+    },
     /// A malformed shard index.
     #[error("{}: {problem}", path.display())]
     Index {
@@ -267,6 +283,71 @@ pub enum HeaderProblem {
     TrailingBytes { bytes: u64 },
     #[error("{found} {what}, the limit is {limit}")]
     OverLimit { what: &'static str, found: usize, limit: usize },
+}
+
+/// Which rule of the GGUF format a file breaks.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+#[allow(missing_docs, reason = "the messages are the documentation")]
+pub enum GgufProblem {
+    #[error("it does not begin with `GGUF`")]
+    NotGguf,
+    #[error("big-endian files are not read")]
+    BigEndian,
+    #[error("version {found}; versions 2 and 3 are read")]
+    Version { found: u32 },
+    #[error("the file ends within {what}, after {file_bytes} bytes (truncated?)")]
+    Truncated { what: &'static str, file_bytes: u64 },
+    #[error("{found} {what}, the limit is {limit}")]
+    OverLimit { what: &'static str, found: u64, limit: u64 },
+    #[error("{what} is not UTF-8")]
+    NotUtf8 { what: &'static str },
+    #[error("the key `{key}` appears twice")]
+    DuplicateKey { key: String },
+    #[error("`{key}`: a value of unknown type {found}")]
+    ValueType { key: String, found: u32 },
+    #[error("`{key}`: a bool of value {found}")]
+    Bool { key: String, found: u8 },
+    #[error("`{key}`: an array of arrays")]
+    NestedArray { key: String },
+    #[error("`{key}` must be {expected}, found {found}")]
+    Value { key: String, expected: &'static str, found: String },
+    #[error("`general.alignment` must be a power of two, found {found}")]
+    Alignment { found: String },
+    #[error("the tensor `{tensor}` appears twice")]
+    DuplicateTensor { tensor: String },
+    #[error("tensor `{tensor}`: unknown type {found}")]
+    TensorType { tensor: String, found: u32 },
+    #[error("tensor `{tensor}`: {dimensions:?} of {kind} is no whole number of bytes")]
+    Dimensions { tensor: String, kind: String, dimensions: Vec<u64> },
+    #[error("tensor `{tensor}`: offset {offset} is not a multiple of the alignment {alignment}")]
+    Misaligned { tensor: String, offset: u64, alignment: u64 },
+    #[error(
+        "tensor `{tensor}`: {bytes} bytes from offset {offset} of the data are beyond the file's \
+         {file_bytes} (truncated?)"
+    )]
+    OutOfRange { tensor: String, offset: u64, bytes: u64, file_bytes: u64 },
+    #[error("tensors `{first}` and `{second}` overlap")]
+    Overlap { first: String, second: String },
+}
+
+/// What a conversion needs to know of the base and does not.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+#[allow(missing_docs, reason = "the messages are the documentation")]
+pub enum BaseProblem {
+    #[error("the base's config.json is needed: {reason}")]
+    Missing { reason: String },
+    #[error("the base's config.json: `{field}` must be {expected}, found {found}")]
+    Field { field: &'static str, expected: &'static str, found: String },
+    #[error("{format} names for the architecture `{architecture}` are not known")]
+    Architecture { format: &'static str, architecture: String },
+    #[error(
+        "the adapter is for the architecture `{adapter}`, the base's config.json is of `{base}`"
+    )]
+    Disagrees { adapter: String, base: String },
+    #[error("`{module}`: {rows} rows of B do not divide into {heads} heads of even size")]
+    Heads { module: String, rows: usize, heads: usize },
 }
 
 /// Which rule a `model.safetensors.index.json` breaks.

@@ -45,11 +45,11 @@ pub mod pattern;
 mod tensor;
 pub mod vocabulary;
 
-pub use codec::{ReadOptions, read};
+pub use codec::{ReadOptions, WriteOptions, Written, read};
 pub use dtype::{Dtype, UnknownDtype};
 pub use error::{
-    AdapterProblem, DetectProblem, Error, ExpansionLimit, ExpansionProblem, HeaderProblem,
-    IndexProblem, IoContext, Result, Shape, Unsupported,
+    AdapterProblem, BaseProblem, DetectProblem, Error, ExpansionLimit, ExpansionProblem,
+    GgufProblem, HeaderProblem, IndexProblem, IoContext, Result, Shape, Unsupported,
 };
 pub use model::Adapter;
 pub use tensor::{Tensor, map_all};

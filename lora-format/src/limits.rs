@@ -70,3 +70,11 @@ pub const ARCHIVE_ENTRIES: usize = TENSORS + 1000;
 /// Bytes of the tensors of a `torch.save` file whose elements do not lie in order, once they do, as
 /// a multiple of the file's: a transposed view takes what its storage does, an expanded one more.
 pub const VIEW_COPY_FACTOR: u64 = 4;
+/// Dimensions of a tensor of a GGUF file: ggml's own limit.
+pub const GGUF_DIMENSIONS: usize = 4;
+/// Bytes of one string value of a GGUF file; a tokenizer's template is the longest in use.
+pub const GGUF_STRING_BYTES: usize = 16 * 1024 * 1024;
+/// Elements of one array value of a GGUF file; a vocabulary has under a million.
+pub const GGUF_ARRAY_ELEMENTS: usize = 16 * 1024 * 1024;
+/// Layers and experts that a name may count.
+pub const NAMED_INDEX: usize = 100_000;

@@ -124,6 +124,12 @@ pub enum AdapterFormat {
     Comfy,
     /// A file of OneTrainer.
     OneTrainer,
+    /// A LoRA adapter of llama.cpp, a GGUF file.
+    Gguf,
+    /// A directory of mlx-lm's.
+    Mlx,
+    /// torchtune's state dict of an adapter.
+    Torchtune,
 }
 
 impl AdapterFormat {
@@ -137,6 +143,9 @@ impl AdapterFormat {
             AdapterFormat::Diffusers => "diffusers",
             AdapterFormat::Comfy => "comfy",
             AdapterFormat::OneTrainer => "onetrainer",
+            AdapterFormat::Gguf => "gguf",
+            AdapterFormat::Mlx => "mlx",
+            AdapterFormat::Torchtune => "torchtune",
         }
     }
 }

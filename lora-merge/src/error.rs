@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::path::PathBuf;
 
+use lora_format::naming::NamingProblem;
 use lora_format::{Dtype, Shape};
 
 use crate::names::numberless;
@@ -209,6 +210,8 @@ pub enum PlanProblem {
         nearest_text(nearest)
     )]
     Unresolved { module: String, parameter: String, nearest: Vec<String> },
+    #[error(transparent)]
+    Naming(#[from] NamingProblem),
     #[error("`{module}`: {}", tied_text(embedding, head))]
     Tied { module: String, embedding: String, head: Option<String> },
     #[error(

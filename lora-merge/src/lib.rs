@@ -45,6 +45,7 @@ pub mod resolve;
 mod schedule;
 pub mod similarity;
 pub mod spectrum;
+mod spelled;
 pub mod svd;
 pub mod tied;
 pub mod verify;

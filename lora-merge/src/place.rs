@@ -14,6 +14,7 @@ use crate::names;
 use crate::parameters::Parameters;
 use crate::plan::WeightedAdapter;
 use crate::resolve::{self, Resolution, Wanted};
+use crate::spelled;
 
 /// A component and the parameter that it changes.
 #[derive(Clone, Debug)]
@@ -63,6 +64,12 @@ pub(crate) fn place(
     problems: &mut Vec<PlanProblem>,
 ) -> Places {
     let contents = &weighted.adapter;
+    if spelled::spells(contents) {
+        let mut placed = spelled::place(adapter, contents, parameters, problems);
+        placed.sort_by_key(|place| (place.component, place.parameter));
+        refuse_overlaps(&placed, weighted, parameters, problems);
+        return Places { placed, renames: BTreeMap::new(), notes: Vec::new() };
+    }
     let experts::Found { mut placed, claimed, renames: mut prefixes, notes } =
         experts::place(adapter, contents, parameters, config, layout, problems);
     let rest: Vec<(usize, &Component)> = contents

@@ -25,6 +25,7 @@ use crate::parameters::{Parameters, Source};
 use crate::place::{self, Part, Placed};
 use crate::quantised::QuantisedProblem;
 use crate::report::ChangeReport;
+use crate::spelled;
 use crate::tied::{self, Tied};
 
 /// What the user may ask of a merge's result.
@@ -220,6 +221,7 @@ impl MergePlan {
                 *renames.entry(rename).or_default() += count;
             }
         }
+        spelled::reshape(&mut adapters, &placed, &parameters);
         loralib::expand(&mut adapters, &mut placed, &parameters, &mut problems);
         let ties =
             tied::resolve(&base, &parameters, &adapters, options.tied, &mut placed, &mut problems)?;

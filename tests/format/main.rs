@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests fail as tests do")]
 
 mod bad;
+mod foreign;
 mod kohya;
 mod native;
 mod peft;

@@ -24,6 +24,7 @@ mod quantised;
 
 mod realised;
 mod resolve;
+mod spelled;
 mod strict;
 mod support;
 mod tied;

@@ -52,6 +52,7 @@ impl AdapterArguments {
             ignore_fields: self.ignore_field.clone(),
             enable_lora: self.enable_lora.clone(),
             residual_base: self.residual_base,
+            base_config: None,
         }
     }
 }

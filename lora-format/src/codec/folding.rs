@@ -9,6 +9,17 @@ use super::{WriteOptions, Written};
 use crate::dtype::Dtype;
 use crate::tensor::Tensor;
 
+/// Which of the `candidates`, each the scales that the format would give the changes, needs the
+/// fewest inexact and then the fewest exact multiplications to give `scales`; of equals the first.
+pub(super) fn choose(scales: &[f64], candidates: &[Vec<f64>]) -> Option<usize> {
+    let cost = |units: &Vec<f64>| {
+        let pairs = || scales.iter().zip(units).filter(|(scale, unit)| scale != unit);
+        let inexact = pairs().filter(|(scale, unit)| !is_exact(**scale, **unit)).count();
+        (inexact, pairs().count())
+    };
+    (0..candidates.len()).min_by_key(|&index| candidates.get(index).map(cost))
+}
+
 /// Whether `scale / unit` is a power of two.
 fn is_exact(scale: f64, unit: f64) -> bool {
     const MANTISSA: u64 = (1 << 52) - 1;
@@ -119,5 +130,12 @@ mod tests {
         let small = of(Dtype::F16, &[3.0 * f16::MIN_POSITIVE_SUBNORMAL.to_f32()]);
         assert!(folded(&small, 1.0, 2.0, false).is_err());
         assert!(folded(&small, 1.0, 0.0, true).is_err(), "no factor");
+    }
+
+    #[test]
+    fn the_cheapest_candidate() {
+        let candidates = [vec![2.0; 3], vec![1.0; 3], vec![3.0; 3]];
+        assert_eq!(choose(&[1.0, 1.0, 2.0], &candidates), Some(1));
+        assert_eq!(choose(&[3.0, 3.0, 2.0], &candidates), Some(2));
     }
 }

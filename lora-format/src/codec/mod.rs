@@ -2,17 +2,25 @@
 //!
 //! The format is detected from content: a safetensors file that carries our configuration is
 //! ours; one whose tensors are named as PEFT names them, or that lies beside PEFT's configuration
-//! under PEFT's name, is PEFT's; one with `lora_A` and `lora_B` alone is loralib's.
+//! under PEFT's name, is PEFT's; one with `lora_A` and `lora_B` alone is loralib's, with `lora_a`
+//! and `lora_b` mlx-lm's, and with `lora_a.weight` and `lora_b.weight` torchtune's. A GGUF file is
+//! one of llama.cpp's; what else image trainers write is [`kohya`]'s.
 
+mod base;
 mod folding;
+pub mod gguf;
 pub mod kohya;
 pub mod loralib;
+pub mod mlx;
 pub mod peft;
+mod rearrange;
+pub mod torchtune;
 
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
+use crate::container::gguf::GgufFile;
 use crate::container::safetensors::SafetensorsFile;
 use crate::container::{Container, TensorFile};
 use crate::error::{DetectProblem, Error, Result};
@@ -34,21 +42,24 @@ pub struct ReadOptions {
     /// loralib's `enable_lora`: which of the equal groups of rows of a fused projection have a
     /// change.
     pub enable_lora: Option<Vec<bool>>,
-}
-
-/// What the user may allow a writer, and what it needs besides the adapter.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct WriteOptions {
-    /// Write what the format cannot hold exactly as nearly as it can.
-    pub allow_lossy: bool,
-    /// The `config.json` of the base, for formats that store a permutation of its heads.
+    /// The base's `config.json`, for formats that store rows in the order of its heads.
     pub base_config: Option<Map<String, Value>>,
 }
 
-/// What a writer did besides writing what it was given.
+/// What the user may say about the adapter to be written in another format.
 #[derive(Clone, Debug, Default, PartialEq)]
+pub struct WriteOptions {
+    /// What the format cannot hold exactly may be rounded; [`Written`] says what was.
+    pub allow_lossy: bool,
+    /// The base's `config.json`.
+    pub base_config: Option<Map<String, Value>>,
+}
+
+/// What a writer had to say in another way than the adapter does.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Written {
-    /// What was folded, exactly, or rounded where that was allowed; a sentence each.
+    /// One line each: scales multiplied into B and zeros added, exactly; if it was allowed, what
+    /// was rounded.
     pub changes: Vec<String>,
 }
 
@@ -62,6 +73,14 @@ pub fn read(path: &Path, options: &ReadOptions) -> Result<Adapter> {
         return Err(unrecognised(DetectProblem::NotFound));
     };
     if metadata.is_dir() {
+        if existing(path, peft::MODEL_FILE).is_none() && mlx::is_mlx_directory(path) {
+            return mlx::read_directory(path, options);
+        }
+        if existing(path, peft::MODEL_FILE).is_none()
+            && let Some(file) = torchtune::file_in(path)
+        {
+            return torchtune::read_directory(path, &file, options);
+        }
         return peft::read_directory(path, options);
     }
     let opened = OpenedFile::open(path)?;
@@ -73,6 +92,9 @@ pub fn read(path: &Path, options: &ReadOptions) -> Result<Adapter> {
             return Ok(adapter);
         }
         return read_tensors(TensorFile::of_safetensors(&file)?, options);
+    }
+    if Container::of(&opened)? == Container::Gguf {
+        return gguf::read(&GgufFile::of(opened)?, options);
     }
     read_tensors(TensorFile::of(opened)?, options)
 }
@@ -96,6 +118,12 @@ fn read_tensors(file: TensorFile, options: &ReadOptions) -> Result<Adapter> {
             Some(config) => peft::read_file(file, Some(&config), options),
             None => loralib::read(file, options),
         };
+    }
+    if mlx::is_mlx(&file) {
+        return mlx::read(file, options);
+    }
+    if torchtune::is_torchtune(&file) {
+        return torchtune::read(file, options);
     }
     let first = file.tensors.first().map(|tensor| tensor.name.clone());
     let problem = DetectProblem::NotAnAdapter { tensors: file.tensors.len(), first };

@@ -1,5 +1,6 @@
 //! Containers: files of named tensors, whatever they mean.
 
+pub mod gguf;
 mod pickle;
 pub mod safetensors;
 pub mod torch;

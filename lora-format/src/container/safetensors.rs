@@ -398,8 +398,13 @@ impl<'de> Deserialize<'de> for Metadata {
             fn visit_map<A: MapAccess<'de>>(self, access: A) -> Result<Metadata, A::Error> {
                 Bounded::entries(access, limits::METADATA_ENTRIES).map(Metadata)
             }
+
+            // MLX writes null if there is none, and the reference crate reads it as that.
+            fn visit_unit<E>(self) -> Result<Metadata, E> {
+                Ok(Metadata(Bounded { kept: Vec::new(), found: 0 }))
+            }
         }
-        deserializer.deserialize_map(Pairs)
+        deserializer.deserialize_any(Pairs)
     }
 }
 

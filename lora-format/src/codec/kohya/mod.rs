@@ -112,7 +112,8 @@ pub(super) fn read(file: TensorFile, options: &ReadOptions) -> Result<Adapter> {
         format,
         components,
         base: BaseIdentity { name: None, revision: None, fingerprint: None },
-        fan_in_fan_out: None,
+        // None of these models has a Conv1D.
+        fan_in_fan_out: Some(false),
         metadata,
         source: source.map(|config| SourceConfig { format: AdapterFormat::Diffusers, config }),
         extensions: Map::new(),
