@@ -174,6 +174,16 @@ pub enum Error {
         /// The destination.
         path: PathBuf,
     },
+    /// Module names cannot be spelled as a format spells them.
+    #[error("{}: {}", path.display(), list(&format!("no names of {format} for it"), problems))]
+    Names {
+        /// The adapter.
+        path: PathBuf,
+        /// The format that was asked for.
+        format: &'static str,
+        /// Every name that stands in the way.
+        problems: Vec<String>,
+    },
     /// The target format has no way to say what the adapter holds.
     #[error("{}: {format} cannot hold {what}", path.display())]
     Inexpressible {

@@ -14,11 +14,14 @@ pub mod loralib;
 pub mod mlx;
 pub mod peft;
 mod rearrange;
+mod respell;
 pub mod torchtune;
 
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
+
+pub use respell::{BaseShapes, respell};
 
 use crate::container::gguf::GgufFile;
 use crate::container::safetensors::SafetensorsFile;

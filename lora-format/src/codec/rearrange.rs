@@ -3,6 +3,8 @@
 //! their size, and may be anything.
 
 use crate::limits;
+use std::ops::Range;
+
 use crate::tensor::Tensor;
 
 /// The matrix transposed; `None` if it is none, or its elements are no whole bytes.
@@ -111,6 +113,73 @@ pub(super) fn padded(tensor: &Tensor, rows: usize, columns: usize) -> Option<Ten
     }
     bytes.resize(total, 0);
     Tensor::new(tensor.name.clone(), tensor.dtype, vec![rows, columns], bytes)
+}
+
+/// Some rows of a tensor; `None` if it has not so many.
+pub(super) fn rows(tensor: &Tensor, rows: Range<usize>) -> Option<Tensor> {
+    let (&count, rest) = tensor.shape.split_first()?;
+    let size = tensor.bytes().len().checked_div(count)?;
+    let bytes = tensor.bytes().get(rows.start.checked_mul(size)?..rows.end.checked_mul(size)?)?;
+    let mut shape = vec![rows.len()];
+    shape.extend_from_slice(rest);
+    Tensor::new(tensor.name.clone(), tensor.dtype, shape, bytes.to_vec())
+}
+
+/// Some columns of a matrix; `None` if it is none, or has not so many.
+pub(super) fn columns(tensor: &Tensor, columns: Range<usize>) -> Option<Tensor> {
+    let &[rows, all] = tensor.shape.as_slice() else { return None };
+    let size = element_bytes(tensor)?;
+    if columns.end > all || columns.start > columns.end || all == 0 {
+        return None;
+    }
+    let mut bytes = Vec::with_capacity(rows.checked_mul(columns.len())?.checked_mul(size)?);
+    for row in tensor.bytes().chunks_exact(all.checked_mul(size)?) {
+        bytes.extend_from_slice(row.get(columns.start * size..columns.end * size)?);
+    }
+    Tensor::new(tensor.name.clone(), tensor.dtype, vec![rows, columns.len()], bytes)
+}
+
+/// Matrices of one width and dtype, one below the other; `None` if they are not.
+pub(super) fn concatenated(tensors: &[Tensor]) -> Option<Tensor> {
+    let first = tensors.first()?;
+    let &[_, width] = first.shape.as_slice() else { return None };
+    let mut rows = 0_usize;
+    for tensor in tensors {
+        let &[height, other] = tensor.shape.as_slice() else { return None };
+        if other != width || tensor.dtype != first.dtype {
+            return None;
+        }
+        rows = rows.checked_add(height)?;
+    }
+    let bytes = tensors.iter().flat_map(|tensor| tensor.bytes()).copied().collect();
+    Tensor::new(first.name.clone(), first.dtype, vec![rows, width], bytes)
+}
+
+/// A matrix of `rows` rows with these blocks, each with its first row, one to the right of the
+/// other, and zeros elsewhere; `None` if one does not lie in it or their dtypes differ.
+pub(super) fn block_diagonal(rows: usize, blocks: &[(usize, Tensor)]) -> Option<Tensor> {
+    let first = &blocks.first()?.1;
+    let size = element_bytes(first)?;
+    let mut width = 0_usize;
+    for (start, block) in blocks {
+        let &[height, columns] = block.shape.as_slice() else { return None };
+        if block.dtype != first.dtype || start.checked_add(height)? > rows {
+            return None;
+        }
+        width = width.checked_add(columns)?;
+    }
+    let row_bytes = width.checked_mul(size)?;
+    let mut bytes = vec![0; rows.checked_mul(row_bytes)?];
+    let mut before = 0;
+    for (start, block) in blocks {
+        let own = block.shape[1] * size;
+        let target = bytes.chunks_exact_mut(row_bytes.max(1)).skip(*start);
+        for (row, source) in target.zip(block.bytes().chunks_exact(own.max(1))) {
+            row.get_mut(before..before + own)?.copy_from_slice(source);
+        }
+        before += own;
+    }
+    Tensor::new(first.name.clone(), first.dtype, vec![rows, width], bytes)
 }
 
 /// A tensor of zeros like another.
