@@ -2,7 +2,9 @@
 
 use std::io;
 
-use lora_format::{DetectProblem, Dtype, Error as FormatError, HeaderProblem, IndexProblem};
+use lora_format::{
+    BaseProblem, DetectProblem, Dtype, Error as FormatError, HeaderProblem, IndexProblem,
+};
 use lora_merge::{Error as MergeError, PlanProblem};
 use serde::Serialize;
 
@@ -101,6 +103,17 @@ fn format_hint(error: &FormatError) -> Option<String> {
     let text = match error {
         FormatError::AlphaUnknown { .. } => {
             "give the alpha that the adapter was trained with: --alpha N"
+        }
+        FormatError::Base { problem: BaseProblem::Missing { .. }, .. } => {
+            "name the directory of the model that the adapter is for: --base MODEL"
+        }
+        FormatError::Names { .. } => {
+            "name the model that the adapter is for, and its own names decide: --base MODEL"
+        }
+        FormatError::Inexpressible { what, .. }
+            if what.contains("rounded") || what.contains("exactly") =>
+        {
+            "--allow-lossy writes the nearest and lists what changed"
         }
         FormatError::OutputExists { .. } => "choose another -o, or replace it with --force",
         FormatError::Config { field, .. } if field == "lora_alpha" => {

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use clap::ValueEnum;
-use lora_format::codec::{WriteOptions, Written, kohya, loralib, peft};
+use lora_format::codec::{WriteOptions, Written, gguf, kohya, loralib, mlx, peft, torchtune};
 use lora_format::model::AdapterFormat;
 use lora_format::{Adapter, Error, native};
 
@@ -27,6 +27,12 @@ pub(crate) enum OutputFormat {
     Onetrainer,
     /// loralib's state dict, as a safetensors file
     Loralib,
+    /// A LoRA adapter of llama.cpp
+    Gguf,
+    /// A directory of mlx-lm
+    Mlx,
+    /// A directory of torchtune
+    Torchtune,
 }
 
 impl OutputFormat {
@@ -47,6 +53,9 @@ impl OutputFormat {
             OutputFormat::Comfy => AdapterFormat::Comfy,
             OutputFormat::Onetrainer => AdapterFormat::OneTrainer,
             OutputFormat::Loralib => AdapterFormat::Loralib,
+            OutputFormat::Gguf => AdapterFormat::Gguf,
+            OutputFormat::Mlx => AdapterFormat::Mlx,
+            OutputFormat::Torchtune => AdapterFormat::Torchtune,
         }
     }
 
@@ -59,6 +68,8 @@ impl OutputFormat {
     fn files(self) -> Option<&'static [&'static str]> {
         match self {
             OutputFormat::Peft => Some(&[peft::MODEL_FILE, peft::CONFIG_FILE]),
+            OutputFormat::Mlx => Some(&[mlx::MODEL_FILE, mlx::CONFIG_FILE]),
+            OutputFormat::Torchtune => Some(&[torchtune::SAFETENSORS_FILE, torchtune::CONFIG_FILE]),
             _ => None,
         }
     }
@@ -144,6 +155,13 @@ impl OutputFormat {
             }
             OutputFormat::Loralib => {
                 loralib::write(adapter, output, options, overwrite, durability)?
+            }
+            OutputFormat::Gguf => gguf::write(adapter, output, options, overwrite, durability)?,
+            OutputFormat::Mlx => {
+                mlx::write_directory(adapter, output, options, overwrite, durability)?
+            }
+            OutputFormat::Torchtune => {
+                torchtune::write_directory(adapter, output, options, overwrite, durability)?
             }
             OutputFormat::Kohya
             | OutputFormat::Diffusers

@@ -168,7 +168,7 @@ fn pick(wanted: &str, names: &[&str]) -> Result<usize, Failure> {
 
 /// An adapter, or `None` if the path is a model.
 pub(crate) fn adapter(path: &Path, options: &AdapterArguments) -> Result<Option<Adapter>, Failure> {
-    match lora_format::read(path, &options.read_options()) {
+    match lora_format::read(path, &options.read_options(None)?) {
         Ok(adapter) => {
             refuse_damaged(&adapter)?;
             Ok(Some(adapter))

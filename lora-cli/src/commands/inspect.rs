@@ -31,6 +31,9 @@ pub(crate) struct Arguments {
     /// Check the digest of an adapter of our own format; exit status 1 if it does not match
     #[arg(long)]
     verify: bool,
+    /// The model that the adapter is for: GGUF and torchtune store rows in the order of its heads
+    #[arg(long, value_name = "MODEL")]
+    base: Option<PathBuf>,
     #[command(flatten)]
     adapter_options: AdapterArguments,
     /// Print everything as JSON on stdout
@@ -39,7 +42,8 @@ pub(crate) struct Arguments {
 }
 
 pub(crate) fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
-    match lora_format::read(&arguments.path, &arguments.adapter_options.read_options()) {
+    let options = arguments.adapter_options.read_options(arguments.base.as_deref())?;
+    match lora_format::read(&arguments.path, &options) {
         Ok(adapter) => inspect_adapter(arguments, &adapter),
         Err(Error::Unrecognised {
             problem: DetectProblem::NotAnAdapter { .. } | DetectProblem::NoAdapter,

@@ -30,6 +30,6 @@ pub(crate) struct Arguments {
 }
 
 pub(crate) fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
-    let adapters = arguments.make.read(&arguments.adapters, false)?;
+    let adapters = arguments.make.read(&arguments.base, &arguments.adapters, false)?;
     making::make(Deed::Merge, &arguments.base, adapters, &arguments.make)
 }

@@ -18,12 +18,15 @@ pub(crate) mod switch;
 pub(crate) mod unmerge;
 pub(crate) mod verify;
 
+use std::path::Path;
+
 use clap::Args;
 use lora_format::container::safetensors::SafetensorsFile;
 use lora_format::io::atomic::{Durability, Overwrite};
 use lora_format::model::AdapterFormat;
 use lora_format::native::{self, DigestVerdict};
-use lora_format::{Adapter, ReadOptions};
+use lora_format::{Adapter, ReadOptions, json, limits};
+use serde_json::{Map, Value};
 
 use crate::failure::Failure;
 
@@ -46,15 +49,26 @@ pub(crate) struct AdapterArguments {
 }
 
 impl AdapterArguments {
-    pub(crate) fn read_options(&self) -> ReadOptions {
-        ReadOptions {
+    /// `base` is the model that the adapter is for, where it is known: some formats store rows in
+    /// the order of its heads.
+    pub(crate) fn read_options(&self, base: Option<&Path>) -> Result<ReadOptions, Failure> {
+        Ok(ReadOptions {
             alpha: self.alpha,
             ignore_fields: self.ignore_field.clone(),
             enable_lora: self.enable_lora.clone(),
             residual_base: self.residual_base,
-            base_config: None,
-        }
+            base_config: base.map(config_of).transpose()?.flatten(),
+        })
     }
+}
+
+/// The `config.json` of a model.
+pub(crate) fn config_of(model: &Path) -> Result<Option<Map<String, Value>>, Failure> {
+    let path = model.join("config.json");
+    if !path.exists() {
+        return Ok(None);
+    }
+    Ok(Some(json::read_object(&path, limits::CONFIG_BYTES)?))
 }
 
 /// Refuses an adapter of our own format whose data is not what was written: whatever reads it would

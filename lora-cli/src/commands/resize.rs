@@ -144,7 +144,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
             Some("give it: --base MODEL"),
         ));
     }
-    let adapter = lora_format::read(&arguments.adapter, &arguments.adapter_options.read_options())?;
+    let options = arguments.adapter_options.read_options(arguments.base.as_deref())?;
+    let adapter = lora_format::read(&arguments.adapter, &options)?;
     refuse_damaged(&adapter)?;
     let format = arguments.to.unwrap_or(OutputFormat::of(adapter.format));
     if let Some(output) = &arguments.output {

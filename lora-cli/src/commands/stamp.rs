@@ -72,8 +72,10 @@ fn refuse_another_base(
 }
 
 pub(crate) fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
-    let mut adapter =
-        lora_format::read(&arguments.adapter, &arguments.adapter_options.read_options())?;
+    let mut adapter = lora_format::read(
+        &arguments.adapter,
+        &arguments.adapter_options.read_options(Some(&arguments.base))?,
+    )?;
     let base = Checkpoint::open(&arguments.base)?;
     printer::notes(adapter.notes.iter().chain(base.notes()));
     refuse_input(&arguments.output, &arguments.base)?;

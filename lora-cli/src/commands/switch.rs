@@ -25,7 +25,7 @@ pub(crate) struct Arguments {
 }
 
 pub(crate) fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
-    let mut adapters = arguments.make.read(&arguments.from, true)?;
-    adapters.extend(arguments.make.read(&arguments.to, false)?);
+    let mut adapters = arguments.make.read(&arguments.merged, &arguments.from, true)?;
+    adapters.extend(arguments.make.read(&arguments.merged, &arguments.to, false)?);
     making::make(Deed::Switch, &arguments.merged, adapters, &arguments.make)
 }

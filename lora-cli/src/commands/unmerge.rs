@@ -26,6 +26,6 @@ pub(crate) struct Arguments {
 }
 
 pub(crate) fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
-    let adapters = arguments.make.read(&arguments.adapters, true)?;
+    let adapters = arguments.make.read(&arguments.merged, &arguments.adapters, true)?;
     making::make(Deed::Unmerge, &arguments.merged, adapters, &arguments.make)
 }

@@ -101,7 +101,7 @@ struct JsonReshaped<'a> {
 pub(crate) fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
     let merged = Checkpoint::open(&arguments.merged)?;
     let base = Checkpoint::open(&arguments.base)?;
-    let adapters = arguments.planning.read(&arguments.adapter, false)?;
+    let adapters = arguments.planning.read(&arguments.base, &arguments.adapter, false)?;
     for one in &adapters {
         refuse_damaged(&one.adapter)?;
     }

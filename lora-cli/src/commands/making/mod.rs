@@ -197,16 +197,17 @@ fn layouts() -> impl TypedValueParser<Value = experts::Layout> {
 }
 
 impl PlanArguments {
-    /// Reads adapters; `undo` says whether they are to be taken out.
+    /// Reads adapters for a base; `undo` says whether they are to be taken out.
     pub(crate) fn read(
         &self,
+        base: &Path,
         adapters: &[AdapterArgument],
         undo: bool,
     ) -> Result<Vec<WeightedAdapter>, Failure> {
         if !self.scale.is_finite() {
             return Err(Failure::new(format!("--scale {} is not a number", self.scale), None));
         }
-        let options = self.adapter_options.read_options();
+        let options = self.adapter_options.read_options(Some(base))?;
         let read = |argument: &AdapterArgument| {
             let adapter = lora_format::read(&argument.path, &options)?;
             Ok(WeightedAdapter { adapter, weight: argument.weight, undo })
@@ -255,13 +256,14 @@ impl EngineArguments {
 }
 
 impl MakeArguments {
-    /// Reads adapters; `undo` says whether they are to be taken out.
+    /// Reads adapters for a base; `undo` says whether they are to be taken out.
     pub(crate) fn read(
         &self,
+        base: &Path,
         adapters: &[AdapterArgument],
         undo: bool,
     ) -> Result<Vec<WeightedAdapter>, Failure> {
-        self.planning.read(adapters, undo)
+        self.planning.read(base, adapters, undo)
     }
 
     fn merge_options(&self) -> MergeOptions {
