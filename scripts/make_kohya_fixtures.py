@@ -9,7 +9,8 @@ directory with
 
     adapter.safetensors   what LyCORIS' `create_lycoris(...).state_dict()` holds, trained values drawn
                           from a seeded generator; module names flattened with `lora_unet_`
-    merged.safetensors    the layers that changed, by LyCORIS' own changes (`get_diff_weight`, `get_merged_weight`)
+    merged.safetensors    the layers that changed, by LyCORIS' own changes (`get_weight`, `get_diff_weight`,
+                          `get_merged_weight`)
 
 A case whose name ends in `-closed` has, instead of the library's, the closed form in f64: LyCORIS'
 `make_module_from_state_dict` reads a Tucker-decomposed LoKr with the wrong rank.
@@ -91,8 +92,10 @@ def case(name, arguments):
         shape = base[f"{path}.weight"].shape
         if arguments["algo"] in ("loha", "lokr", "locon") and "Norm" not in type(module).__name__:
             # LyCORIS 4.1.3 merges LoHa and LoKr of a 1×1 convolution by adding a matrix to its
-            # weight, which broadcasts; its change is right.
-            weight = base[f"{path}.weight"] + module.get_diff_weight(1.0)[0].reshape(shape)
+            # weight, which broadcasts, and its `get_diff_weight` of both has the scale twice. What
+            # it trains with is `get_weight`.
+            change = module.get_weight(shape) if hasattr(module, "get_weight") else module.get_diff_weight(1.0)[0]
+            weight = base[f"{path}.weight"] + change.reshape(shape)
             bias = None
             if module.wd:
                 weight = module.apply_weight_decompose(weight)

@@ -7,10 +7,12 @@
 //! ```text
 //! apart      B's rows are shared out, each part with a copy of A. Where B is block-diagonal, as one
 //!            that was put together is, each part gets its own ranks back.
-//! together   the A are stacked, B is block-diagonal, the rank is the sum.
+//! together   the A are stacked, B is block-diagonal, the rank is the sum. Parts that all have one A,
+//!            as those that were cut apart do, keep it.
 //! ```
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use super::{WriteOptions, Written, folding, rearrange};
 use crate::error::{Error, Result};
@@ -174,6 +176,11 @@ impl Respelled {
         }
         let mut whole = Vec::new();
         for (piece, form) in pieces.iter().zip(apart(&target.module, form, pieces)?) {
+            let Some(form) = form else {
+                let text = format!("`{}` is not changed: its rows of B are zero", piece.name);
+                self.written.changes.push(text);
+                continue;
+            };
             let key = (piece.name.clone(), target.parameter.clone());
             if piece.rows == piece.total {
                 let target = Target { module: key.0, parameter: key.1 };
@@ -186,64 +193,80 @@ impl Respelled {
     }
 }
 
-/// A change cut into those of some of its rows, in the order of the pieces.
-fn apart(module: &str, form: &Form, pieces: &[SpelledPiece]) -> Result<Vec<Form>, String> {
+/// A change cut into those of some of its rows, in the order of the pieces; `None` for a piece that
+/// it does not change.
+fn apart(module: &str, form: &Form, pieces: &[SpelledPiece]) -> Result<Vec<Option<Form>>, String> {
     let refuse = || format!("`{module}` is cut apart there, and {} of it cannot be", form.method());
+    let rows = |tensor: &Tensor, piece: &SpelledPiece| {
+        rearrange::rows(tensor, piece.from..piece.from.checked_add(piece.rows)?)
+    };
     match form {
         Form::LowRank(form) if form.layer == Layer::Linear && form.rank_gain.is_none() => {
             let blocks = blocks(&form.b, pieces);
             let part = |(number, piece): (usize, &SpelledPiece)| {
-                let rows = piece.from..piece.from.checked_add(piece.rows)?;
-                let b = rearrange::rows(&form.b, rows.clone())?;
+                let b = rows(&form.b, piece)?;
                 let magnitude = match &form.magnitude {
-                    Some(magnitude) => Some(rearrange::rows(magnitude, rows)?),
+                    Some(magnitude) => Some(rows(magnitude, piece)?),
                     None => None,
                 };
-                let (a, b, scaling) = match blocks {
-                    Some(rank) => {
-                        let ranks = number * rank..(number + 1) * rank;
+                let (a, b, scaling) = match &blocks {
+                    Some(blocks) => {
+                        let ranks = blocks.get(number)?.clone();
+                        if ranks.is_empty() && magnitude.is_none() {
+                            return Some(None);
+                        }
                         let a = rearrange::rows(&form.a, ranks.clone())?;
-                        (a, rearrange::columns(&b, ranks)?, of_scale(form.scale(), rank))
+                        let scaling = of_scale(form.scale(), ranks.len());
+                        (a, rearrange::columns(&b, ranks)?, scaling)
                     }
                     None => (form.a.clone(), b, form.scaling),
                 };
-                Some(Form::LowRank(LowRank { magnitude, ..LowRank::linear(a, b, scaling) }))
+                Some(Some(Form::LowRank(LowRank { magnitude, ..LowRank::linear(a, b, scaling) })))
             };
-            let parts: Option<Vec<Form>> = pieces.iter().enumerate().map(part).collect();
+            let parts: Option<Vec<Option<Form>>> = pieces.iter().enumerate().map(part).collect();
             parts.ok_or_else(refuse)
         }
         Form::Added { tensor, scale } => {
-            let part = |piece: &SpelledPiece| {
-                let rows = piece.from..piece.from.checked_add(piece.rows)?;
-                let tensor = rearrange::rows(tensor, rows)?;
-                Some(Form::Added { tensor, scale: *scale })
-            };
-            let parts: Option<Vec<Form>> = pieces.iter().map(part).collect();
+            let part =
+                |piece| Some(Some(Form::Added { tensor: rows(tensor, piece)?, scale: *scale }));
+            let parts: Option<Vec<Option<Form>>> = pieces.iter().map(part).collect();
             parts.ok_or_else(refuse)
         }
         _ => Err(refuse()),
     }
 }
 
-/// The rank of the equal blocks on B's diagonal, if outside them it is zero: what was put together.
-fn blocks(b: &Tensor, pieces: &[SpelledPiece]) -> Option<usize> {
-    let &[_, rank] = b.shape.as_slice() else { return None };
-    let count = pieces.len();
-    if count < 2 || rank % count != 0 || rank == 0 {
-        return None;
+/// The ranks of each piece, if B is block-diagonal with a block for every piece or none: what was
+/// put together.
+fn blocks(b: &Tensor, pieces: &[SpelledPiece]) -> Option<Vec<Range<usize>>> {
+    let &[rows, rank] = b.shape.as_slice() else { return None };
+    let row_bytes = b.bytes().len().checked_div(rows)?;
+    let element = row_bytes.checked_div(rank)?;
+    let mut found = Vec::with_capacity(pieces.len());
+    let mut next = 0;
+    for piece in pieces {
+        let mut used: Option<Range<usize>> = None;
+        for row in b.bytes().chunks_exact(row_bytes).skip(piece.from).take(piece.rows) {
+            let nonzero = |at: &usize| row[at * element..][..element].iter().any(|&byte| byte != 0);
+            let Some(first) = (0..rank).find(nonzero) else { continue };
+            let end = (0..rank).rev().find(nonzero).map_or(first, |last| last + 1);
+            used = Some(match used {
+                Some(range) => range.start.min(first)..range.end.max(end),
+                None => first..end,
+            });
+        }
+        match used {
+            None => found.push(next..next),
+            Some(range) if range.start == next => {
+                next = range.end;
+                found.push(range);
+            }
+            Some(_) => return None,
+        }
     }
-    let each = rank / count;
-    let row_bytes = b.bytes().len().checked_div(b.shape[0])?;
-    let element = row_bytes / rank;
-    let outside_is_zero = pieces.iter().enumerate().all(|(number, piece)| {
-        let own = number * each * element..(number + 1) * each * element;
-        let rows = b.bytes().chunks_exact(row_bytes).skip(piece.from).take(piece.rows);
-        rows.into_iter().all(|row| {
-            let zero = |bytes: &[u8]| bytes.iter().all(|&byte| byte == 0);
-            zero(&row[..own.start]) && zero(&row[own.end..])
-        })
-    });
-    outside_is_zero.then_some(each)
+    // One block by itself has nothing that is zero beside it.
+    let several = found.iter().filter(|range| !range.is_empty()).count() > 1;
+    (next == rank && (several || found.iter().any(Range::is_empty))).then_some(found)
 }
 
 /// Changes of parts of one module as one change of all of it.
@@ -255,8 +278,7 @@ fn together(
 ) -> Result<Form, String> {
     parts.sort_by_key(|part| part.0.row);
     let total = parts.first().map_or(0, |part| part.0.total);
-    let overlap = parts.windows(2).any(|two| two[0].0.row + two[0].0.rows > two[1].0.row);
-    if overlap {
+    if parts.windows(2).any(|two| two[0].0.row.saturating_add(two[0].0.rows) > two[1].0.row) {
         return Err(format!("two changes of the same rows of `{module}`"));
     }
     let factors: Option<Vec<(&SpelledPiece, &LowRank)>> = parts
@@ -266,14 +288,28 @@ fn together(
             _ => None,
         })
         .collect();
-    let Some(factors) = factors else {
+    let Some(factors) = factors.filter(|factors| !factors.is_empty()) else {
         return Err(format!(
             "`{module}` is one module there, and only plain low-rank changes of its parts can be \
              put together"
         ));
     };
+    let first = factors[0].1;
+    let mismatch = || format!("the parts of `{module}` have different dtypes or inputs");
+    // Parts that were cut from one change have one A.
+    let one = |(_, form): &(&SpelledPiece, &LowRank)| {
+        form.scaling == first.scaling
+            && (form.a.dtype, &form.a.shape) == (first.a.dtype, &first.a.shape)
+            && form.a.bytes() == first.a.bytes()
+    };
+    let covered: usize = factors.iter().map(|(piece, _)| piece.rows).sum();
+    if covered == total && factors.iter().all(one) {
+        let parts: Vec<Tensor> = factors.iter().map(|(_, form)| form.b.clone()).collect();
+        let b = rearrange::concatenated(&parts).ok_or_else(mismatch)?;
+        return Ok(Form::LowRank(LowRank::linear(first.a.clone(), b, first.scaling)));
+    }
     // One scale for all: the first's, the others are multiplied into their B.
-    let scale = factors.first().map_or(1.0, |first| first.1.scale());
+    let scale = first.scale();
     let mut stacked = Vec::new();
     let mut blocks = Vec::new();
     for (piece, form) in &factors {
@@ -281,11 +317,8 @@ fn together(
         let b = folding::fold(module, &form.b, (form.scale(), scale), options, written)?;
         blocks.push((piece.row, b));
     }
-    let a = rearrange::concatenated(&stacked);
-    let b = rearrange::block_diagonal(total, &blocks);
-    let (Some(a), Some(b)) = (a, b) else {
-        return Err(format!("the parts of `{module}` have different dtypes or inputs"));
-    };
+    let a = rearrange::concatenated(&stacked).ok_or_else(mismatch)?;
+    let b = rearrange::block_diagonal(total, &blocks).ok_or_else(mismatch)?;
     let rank = a.shape.first().copied().unwrap_or(0);
     Ok(Form::LowRank(LowRank::linear(a, b, of_scale(scale, rank))))
 }
@@ -296,5 +329,124 @@ fn of_scale(scale: f64, rank: usize) -> Scaling {
     match alpha / rank as f64 == scale {
         true => Scaling { alpha, rule: ScalingRule::AlphaOverRank },
         false => Scaling { alpha: scale, rule: ScalingRule::Direct },
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::panic, reason = "tests")]
+mod tests {
+    use super::*;
+    use crate::dtype::Dtype;
+    use crate::fingerprint::BaseIdentity;
+
+    fn matrix(rows: usize, cols: usize, seed: usize) -> Tensor {
+        let value = |at: usize| ((at * 13 + seed * 7) % 31) as f32 - 15.5;
+        let bytes = (0..rows * cols).flat_map(|at| value(at).to_le_bytes()).collect();
+        Tensor::new(String::new(), Dtype::F32, vec![rows, cols], bytes).unwrap()
+    }
+
+    fn low_rank(rows: usize, rank: usize, seed: usize) -> LowRank {
+        let scaling = Scaling { alpha: 2.0, rule: ScalingRule::AlphaOverRank };
+        LowRank::linear(matrix(rank, 3072, seed), matrix(rows, rank, seed + 1), scaling)
+    }
+
+    fn adapter(format: AdapterFormat, modules: Vec<(&str, LowRank)>) -> Adapter {
+        let component = |(name, form): (&str, LowRank)| Component {
+            target: Target::weight(name),
+            form: Form::LowRank(form),
+        };
+        let base = BaseIdentity { name: None, revision: None, fingerprint: None };
+        let components = modules.into_iter().map(component).collect();
+        Adapter { format, ..Adapter::new("adapter", components, base) }
+    }
+
+    /// Without these, Qwen-Image has all modules of Flux.1 that the tests name.
+    const KOHYA: &str = "lora_unet_single_blocks_0_modulation_lin";
+    const DIFFUSERS: &str = "transformer.single_transformer_blocks.0.norm.linear";
+
+    /// The components besides those.
+    fn others(adapter: &Adapter) -> Vec<&Component> {
+        let all = adapter.components.iter();
+        all.filter(|it| !it.target.module.contains("single_")).collect()
+    }
+
+    fn respelled(adapter: &Adapter, format: AdapterFormat) -> Adapter {
+        let options = WriteOptions::default();
+        let made = respell(adapter, format, None, &options).unwrap().0;
+        Adapter { format, ..made }
+    }
+
+    fn facts(adapter: &Adapter) -> Vec<(String, Vec<u8>, Vec<u8>, u64)> {
+        let one = |component: &Component| {
+            let Form::LowRank(form) = &component.form else { panic!("low rank") };
+            let (a, b) = (form.a.bytes().to_vec(), form.b.bytes().to_vec());
+            (component.target.name(), a, b, form.scale().to_bits())
+        };
+        adapter.components.iter().map(one).collect()
+    }
+
+    #[test]
+    fn a_fused_projection_is_cut_apart_and_put_together_again() {
+        let fused = low_rank(9216, 2, 1);
+        let kohya = adapter(
+            AdapterFormat::Kohya,
+            vec![
+                ("lora_unet_double_blocks_3_img_attn_qkv", fused.clone()),
+                (KOHYA, low_rank(9216, 1, 3)),
+            ],
+        );
+        let diffusers = respelled(&kohya, AdapterFormat::Diffusers);
+        let names: Vec<String> =
+            others(&diffusers).iter().map(|it| it.target.module.clone()).collect();
+        let of = |name: &str| format!("transformer.transformer_blocks.3.attn.{name}");
+        assert_eq!(names, [of("to_k"), of("to_q"), of("to_v")]);
+        let Form::LowRank(k) = &others(&diffusers)[0].form else { panic!("low rank") };
+        let third = fused.b.bytes().len() / 3;
+        assert_eq!(k.b.bytes(), &fused.b.bytes()[third..2 * third]);
+        assert_eq!(k.a.bytes(), fused.a.bytes());
+        assert_eq!(facts(&respelled(&diffusers, AdapterFormat::Kohya)), facts(&kohya));
+        // ComfyUI has BFL's names, too.
+        let comfy = respelled(&diffusers, AdapterFormat::Comfy);
+        assert_eq!(
+            comfy.components[0].target.module,
+            "diffusion_model.double_blocks.3.img_attn.qkv"
+        );
+    }
+
+    #[test]
+    fn parts_of_their_own_are_put_together_and_cut_apart_again() {
+        let of = |name: &str| format!("transformer.transformer_blocks.0.attn.{name}");
+        let (q, v) = (of("to_q"), of("to_v"));
+        // Different ranks; the key is not changed.
+        let mut other = low_rank(3072, 4, 9);
+        other.scaling.alpha = 4.0;
+        let parts = vec![
+            (q.as_str(), low_rank(3072, 2, 5)),
+            (v.as_str(), other),
+            (DIFFUSERS, low_rank(9216, 1, 3)),
+        ];
+        let diffusers = adapter(AdapterFormat::Diffusers, parts);
+        let kohya = respelled(&diffusers, AdapterFormat::Kohya);
+        let [component] = others(&kohya)[..] else { panic!("one") };
+        assert_eq!(component.target.module, "lora_unet_double_blocks_0_img_attn_qkv");
+        let Form::LowRank(form) = &component.form else { panic!("low rank") };
+        assert_eq!((form.rank(), form.out_features(), form.scale()), (6, 9216, 1.0));
+        assert_eq!(facts(&respelled(&kohya, AdapterFormat::Diffusers)), facts(&diffusers));
+    }
+
+    #[test]
+    fn what_has_no_meaning_or_several_is_listed() {
+        let refuse = |name: &str, form: LowRank, format: AdapterFormat| {
+            let adapter = adapter(AdapterFormat::Kohya, vec![(name, form)]);
+            respell(&adapter, format, None, &WriteOptions::default()).unwrap_err().to_string()
+        };
+        let unknown = refuse("lora_unet_nothing", low_rank(8, 1, 1), AdapterFormat::Diffusers);
+        assert!(unknown.contains("no architecture that is listed"), "{unknown}");
+        // SD1 and SD2 have this one, of one width.
+        let mut form = low_rank(320, 1, 1);
+        form.a = matrix(1, 320, 2);
+        let name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q";
+        let several = refuse(name, form, AdapterFormat::Diffusers);
+        assert!(several.contains("fit several architectures"), "{several}");
     }
 }
