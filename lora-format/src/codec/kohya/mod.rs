@@ -113,6 +113,7 @@ pub(super) fn read(file: TensorFile, options: &ReadOptions) -> Result<Adapter> {
         components,
         base: BaseIdentity { name: None, revision: None, fingerprint: None },
         fan_in_fan_out: None,
+        names: Some(format),
         metadata,
         source: source.map(|config| SourceConfig { format: AdapterFormat::Diffusers, config }),
         extensions: Map::new(),
