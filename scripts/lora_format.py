@@ -3,7 +3,8 @@
 
 Written from the specification, to test the first one against. It reads
 strictly (`read` refuses whatever the rules refuse, and says which rule), writes
-the one byte sequence the rules allow, and computes deltas in f64.
+the one byte sequence the rules allow, and computes in f64 what the forms of
+section 2 of the document make of a weight.
 
     lora_format.py read FILE...         describe each file as JSON
     lora_format.py rewrite IN OUT...    read and write again
@@ -36,9 +37,49 @@ RULES = {
     "alpha/sqrt-rank": lambda alpha, rank: alpha / math.sqrt(rank),
     "direct": lambda alpha, rank: alpha,
 }
-FACTORS = {"lora_A.weight", "lora_B.weight", "A", "B", "embedding_A", "embedding_B"}
-ROLES = ("A", "B", "embedding_A", "embedding_B", "magnitude", "value", "rows", "indices", "added", "scale")
-FEATURES = {"add", "convolution", "embedding", "low-rank", "magnitude", "replace", "replace-rows"}
+PAIRS = (("lora_A.weight", "lora_B.weight"), ("A", "B"), ("embedding_A", "embedding_B"), ("merged_A", "merged_B"))
+ROLES = {"A", "B", "embedding_A", "embedding_B", "merged_A", "merged_B", "rank_gain", "magnitude", "in_magnitude",
+         "value", "base", "rows", "indices", "added", "scale"}  # fmt: skip
+# Section 7: of each form, slots of alternatives of roles with their shapes. A letter is the same length throughout
+# a form; `n?` may be 0; `k+` is a kernel of one to three lengths, `k*` of none to three, `1*` ones, `1k` as many
+# ones as the kernel has lengths, `tri` b(b-1)/2, `line` any shape with at most one length that is not 1.
+FORMS = {
+    "bounded": [[{"A": "r in", "B": "out r", "bound": "1", "norms": "in"}]],
+    "butterfly": [[{"generators": "f n b b", "gain": "line"}]],
+    "circulant": [[{"kernels": "x y b"}]],
+    "experts": [[{"A": "m in", "B": "out m"}]],
+    "gain": [[{"gain": "line"}]],
+    "grid": [[{"A": "k i r", "B": "k r o"}]],
+    "hadamard": [[{"w1a": "out r", "w1b": "r in", "w2a": "out q", "w2b": "q in"},
+                  {"t1": "p r k+", "w1a": "p out", "w1b": "r in", "t2": "s q k+", "w2a": "s out", "w2b": "q in"}]],
+    "kronecker": [[{"w1": "a b"}, {"w1a": "a r", "w1b": "r b"}],
+                  [{"w2": "c d k*"}, {"w2a": "c q", "w2b": "q d"}, {"t2": "s q k+", "w2a": "s c", "w2b": "q d"}]],
+    "proportional": [[{"A": "r in k*", "B": "out r 1k"}, {"embedding_A": "r in", "embedding_B": "out r"}]],
+    "reflections": [[{"vectors": "in r"}]],
+    "rotation": [[{"generators": "n tri"}]],
+    "shared": [[{"A": "r x", "B": "y r", "in_gain": "r", "out_gain": "o"}]],
+    "sparse": [[{"values": "n?", "indices": "2 n?"}]],
+    "tiled": [[{"block": "r c"}, {"bat": "n r r"}]],
+    "tucker": [[{"mid": "q r k+", "A": "r in 1*", "B": "out q 1*"}]],
+}  # fmt: skip
+DECOMPOSED = [{}, {"magnitude": "m"}, {"in_magnitude": "m"}]
+# Of each form, the facts that it must have, and those that it may (F33).
+FACTS = {
+    "experts": (["candidates"], []),
+    "gain": (["axis", "stored"], []),
+    "grid": (["scaling", "rank"], []),
+    "hadamard": (["scaling", "rank"], []),
+    "kronecker": (["scaling", "rank"], []),
+    "proportional": (["scaling"], []),
+    "reflections": (["orthogonal"], []),
+    "rotation": (["layer"], ["neumann_terms", "radius"]),
+    "shared": (["factors"], []),
+    "tucker": (["scaling"], []),
+}
+FEATURES = {"add", "base", "convolution", "embedding", "in-magnitude", "low-rank", "magnitude", "merged", "rank-gain",
+            "replace", "replace-rows", *FORMS}  # fmt: skip
+NAMINGS = {"kohya", "diffusers", "comfy", "onetrainer"}
+CONFIGURED = {"peft", "diffusers"}
 GOLDEN = 0x9E3779B97F4A7C15
 
 
@@ -78,9 +119,14 @@ def full_name(module, parameter):
     return f"{module}.{parameter}" if module else parameter
 
 
+def short_name(module, parameter):
+    """F13: a component's name where the configuration speaks of it."""
+    return module if parameter == "weight" else full_name(module, parameter)
+
+
 @dataclass
 class Component:
-    """A low-rank change (F7, F24 to F26)."""
+    """A low-rank change (F7, F24 to F26, F34 to F36)."""
 
     module: str
     a: Tensor
@@ -88,13 +134,15 @@ class Component:
     alpha: float
     rule: str
     parameter: str = "weight"
-    embedding: bool = False
+    kind: str = ""  # embedding or merged, which the shapes do not tell
     magnitude: Tensor | None = None
-    order = 1
+    in_magnitude: Tensor | None = None
+    rank_gain: Tensor | None = None
+    order, form = (3, "low-rank"), "low-rank"
 
     @property
     def rank(self):
-        return self.a.shape[0]
+        return self.b.shape[1] if self.kind == "merged" else self.a.shape[0]
 
     @property
     def scale(self):
@@ -102,13 +150,18 @@ class Component:
 
     @property
     def layer(self):
-        if self.embedding:
-            return "embedding"
-        return "convolution" if 3 <= len(self.a.shape) <= 5 else "linear"
+        return self.kind or ("convolution" if 3 <= len(self.a.shape) <= 5 else "linear")
+
+    def gains(self):
+        found = {"rank_gain": self.rank_gain, "magnitude": self.magnitude, "in_magnitude": self.in_magnitude}
+        return {role: tensor for role, tensor in found.items() if tensor is not None}
 
     def is_plain(self):
         """F10: what other loaders may apply."""
-        return self.parameter == "weight" and not self.embedding and self.magnitude is None
+        return self.parameter == "weight" and not self.kind and not self.gains()
+
+    def depends(self):
+        return self.magnitude is not None or self.in_magnitude is not None
 
     def stored_alpha(self):
         """F9: s·rank, rounded once to f32."""
@@ -116,34 +169,89 @@ class Component:
             return np.float32(self.scale * self.rank)
 
     def called(self):
-        """F13: its name among the overrides."""
-        whole = full_name(self.module, self.parameter)
-        return self.module if self.parameter == "weight" else whole
+        return short_name(self.module, self.parameter)
 
     def tensors(self):
         if self.is_plain():
             alpha = Tensor("F32", [], self.stored_alpha().tobytes())
             return {f"{self.module}.lora_A.weight": self.a, f"{self.module}.lora_B.weight": self.b,
                     f"{self.module}.alpha": alpha}  # fmt: skip
-        kind = "embedding_" if self.embedding else ""
+        kind = f"{self.kind}_" if self.kind else ""
+        roles = {f"{kind}A": self.a, f"{kind}B": self.b} | self.gains()
         name = full_name(self.module, self.parameter)
-        tensors = {f"{name}.lora:{kind}A": self.a, f"{name}.lora:{kind}B": self.b}
-        if self.magnitude is not None:
-            tensors[f"{name}.lora:magnitude"] = self.magnitude
-        return tensors
+        return {f"{name}.lora:{role}": tensor for role, tensor in roles.items()}
 
     def features(self):
         kind = {"linear": "low-rank"}.get(self.layer, self.layer)
-        return {kind} | ({"magnitude"} if self.magnitude is not None else set())
+        return {kind} | {role.replace("_", "-") for role in self.gains()}
 
     def apply(self, weight):
         """W' in f64, in the shape in which the base stores it."""
         changed = weight + delta(self).reshape(weight.shape)
         if self.magnitude is None:
             return changed
-        axis = 0 if self.embedding else tuple(range(1, weight.ndim))
+        axis = 0 if self.kind == "embedding" else tuple(range(1, weight.ndim))
         norm = np.sqrt((changed**2).sum(axis=axis, keepdims=True))
         return self.magnitude.values().astype(np.float64).reshape(norm.shape) * (changed / norm)
+
+
+@dataclass
+class OfForm:
+    """A change by a form that has roles of its own (F31): its tensors by role, and its facts."""
+
+    module: str
+    parameter: str
+    label: str  # the form, and of experts the depth
+    roles: dict  # of VeRA, A and B too, which components share
+    facts: dict
+
+    @property
+    def form(self):
+        return self.label.split(".")[0]
+
+    @property
+    def order(self):
+        depth = int(self.label.split(".")[1]) if self.form == "experts" else 0
+        return (3 + depth, self.form)
+
+    def depends(self):
+        """Whether the change depends on the weight."""
+        dependent = {"butterfly", "gain", "proportional", "reflections", "rotation"}
+        return self.form in dependent or bool(self.roles.keys() & {"bat", "magnitude", "in_magnitude"})
+
+    def called(self):
+        return short_name(self.module, self.parameter)
+
+    def shared(self):
+        """The factors that are stored once for all (F51)."""
+        return (self.roles["A"], self.roles["B"]) if self.form == "shared" else None
+
+    def tensors(self):
+        name = full_name(self.module, self.parameter)
+        own = {role for role in self.roles if self.form != "shared" or role not in ("A", "B")}
+        return {f"{name}.lora:{self.label}.{role}": self.roles[role] for role in own}
+
+    def features(self):
+        return {self.form} | {role.replace("_", "-") for role in self.roles.keys() & {"magnitude", "in_magnitude"}}
+
+
+@dataclass
+class Base:
+    """A copy of the parameter as it was before training (F37)."""
+
+    module: str
+    parameter: str
+    value: Tensor
+    order, form = (0, "base"), "base"
+
+    def tensors(self):
+        return {f"{full_name(self.module, self.parameter)}.lora:base": self.value}
+
+    def features(self):
+        return {"base"}
+
+    def apply(self, weight):
+        return self.value.values().astype(np.float64)
 
 
 @dataclass
@@ -153,7 +261,7 @@ class Replaced:
     module: str
     parameter: str
     value: Tensor
-    order = 0
+    order, form = (1, "replaced"), "replaced"
 
     def tensors(self):
         return {f"{full_name(self.module, self.parameter)}.lora:value": self.value}
@@ -173,7 +281,7 @@ class Rows:
     parameter: str
     indices: list
     rows: Tensor
-    order = 3
+    order, form = (2, "rows"), "rows"
 
     def tensors(self):
         name = full_name(self.module, self.parameter)
@@ -198,7 +306,7 @@ class Added:
     parameter: str
     change: Tensor
     scale: float
-    order = 2
+    order, form = (math.inf, "added"), "added"
 
     def tensors(self):
         name = full_name(self.module, self.parameter)
@@ -222,6 +330,7 @@ class Adapter:
     components: list
     base: dict = field(default_factory=dict)  # name, revision, fingerprint
     fan_in_fan_out: bool | None = None
+    names: str | None = None
     source: dict | None = None
     extensions: dict = field(default_factory=dict)
     metadata: dict = field(default_factory=dict)  # the user's entries
@@ -233,7 +342,7 @@ def delta(component):
     """s·B·A in f64 as [out, in] (F7), [out, in·kernel] (F24), [vocabulary, dimension] (F25)."""
     a, b = (t.values().astype(np.float64) for t in (component.a, component.b))
     change = component.scale * (b.reshape(len(b), -1) @ a.reshape(len(a), -1))
-    return change.T if component.embedding else change
+    return change.T if component.kind == "embedding" else change
 
 
 # ---------------------------------------------------------------- JSON
@@ -391,79 +500,274 @@ def read_fingerprint(value):
     return True
 
 
-def read_components(tensors, default, scalings):
-    """The components of F7 and F24 to F29, in no particular order."""
-    parts = {}
+LABEL = rf"(experts\.(?:0|[1-9]\d*)|{'|'.join(name for name in FORMS if name != 'experts')})"
+
+
+def target_of(name):
+    """(target, form or "", role) as a tensor's name says it (F8, F10, F31)."""
+    plain = re.fullmatch(r"(.+)\.(lora_A\.weight|lora_B\.weight|alpha)", name, re.DOTALL)
+    if plain:
+        return (plain[1], "weight"), "", plain[2]
+    other = re.fullmatch(rf"(?:(.+)\.)?([^.]+)\.lora:(?:{LABEL}\.)?(\w+)", name, re.DOTALL)
+    check(other, "F11", f"`{name}` belongs to no component")
+    label = other[3] or ""
+    form = label.split(".")[0]
+    roles = {role for slot in FORMS.get(form, []) for roles in slot for role in roles}
+    roles |= set() if form == "experts" else {"magnitude", "in_magnitude"}
+    roles -= {"A", "B"} if form == "shared" else set()
+    check(other[4] in (roles if label else ROLES), "F11", f"`{name}` belongs to no component")
+    check(form != "experts" or int(label[8:]) < 1 << 64, "F11", f"`{name}`: its depth")
+    return (other[1] or "", other[2]), label, other[4]
+
+
+def read_components(tensors, default, scalings, groups):
+    """The components, in no particular order. `groups` holds (default facts, facts by name) by form."""
+    parts, shared = {}, {}
     for name, tensor in tensors.items():
-        plain = re.fullmatch(r"(.+)\.(lora_A\.weight|lora_B\.weight|alpha)", name, re.DOTALL)
-        other = re.fullmatch(rf"(?:(.+)\.)?([^.]+)\.lora:({'|'.join(ROLES)})", name, re.DOTALL)
-        check(plain or other, "F11", f"`{name}` belongs to no component")
-        target = (plain[1], "weight") if plain else (other[1] or "", other[2])
-        parts.setdefault(target, {})[plain[2] if plain else other[3]] = tensor
-    factors = [roles for roles in parts.values() if roles.keys() & FACTORS]
-    check(not factors or default, "F12", "`scaling` is missing")
-    check(factors or not default, "F12", "`scaling`, and nothing is scaled")
+        factor = re.fullmatch(r"lora:shared\.(0|[1-9]\d*)\.([AB])", name)
+        if factor:
+            shared.setdefault(int(factor[1]), {})[factor[2]] = tensor
+        else:
+            target, label, role = target_of(name)
+            parts.setdefault(target, {}).setdefault(label, {})[role] = tensor
+    factors = {factor for pair in PAIRS for factor in pair}
+    scaled = any(roles.get("", {}).keys() & factors for roles in parts.values())
+    check(not scaled or default, "F12", "`scaling` is missing")
+    check(scaled or not default, "F12", "`scaling`, and nothing is scaled")
 
     components, scalings = [], dict(scalings)
-    for (module, parameter), roles in parts.items():
-        name = full_name(module, parameter)
-
-        def pair(first, second):
-            found = roles.pop(first, None), roles.pop(second, None)
-            check((found[0] is None) == (found[1] is None), "F11", f"`{name}`: {first} or {second}")
-            return found
-
-        for a, b in (("lora_A.weight", "lora_B.weight"), ("A", "B"), ("embedding_A", "embedding_B")):
-            if {a, b} & roles.keys():
-                called = Component(module, None, None, 0, "", parameter).called()
-                component = Component(module, *pair(a, b), *scalings.pop(called, default), parameter)
-                component.embedding = a == "embedding_A"
-                plain = a == "lora_A.weight"
-                component.magnitude = None if plain else roles.pop("magnitude", None)
-                check_factors(component, name)
-                check(component.is_plain() == plain, "F10", f"`{name}`: plain factors")
-                if plain:
-                    check_alpha(component, roles.pop("alpha", None))
-                components.append(component)
-        if "value" in roles:
-            components.append(Replaced(module, parameter, roles.pop("value")))
-        rows, indices = pair("rows", "indices")
-        if rows is not None:
-            check(rows.dtype in FLOATS, "F28", f"`{name}`: rows of {rows.dtype}")
-            check(len(rows.shape) == 2 and rows.shape[0], "F28", f"`{name}`: rows {rows.shape}")
-            check((indices.dtype, indices.shape) == ("I64", rows.shape[:1]), "F28",
-                  f"`{name}`: {indices.dtype} {indices.shape}")  # fmt: skip
-            places = np.frombuffer(indices.data, "<i8").tolist()
-            check(places == sorted(set(places)) and places[0] >= 0, "F28", f"`{name}`: {places}")
-            components.append(Rows(module, parameter, places, rows))
-        change, scale = pair("added", "scale")
-        if change is not None:
-            check(change.dtype in FLOATS, "F29", f"`{name}`: a change of {change.dtype}")
-            check((scale.dtype, scale.shape) == ("F64", []), "F29", f"`{name}`: no F64 scalar")
-            (value,) = struct.unpack("<d", scale.data)
-            check(math.isfinite(value), "F29", f"`{name}`: {value}")
-            components.append(Added(module, parameter, change, value))
-        check(not roles, "F11", f"`{name}`: {sorted(roles)} belong to no component")
+    groups = {label: (default, dict(named)) for label, (default, named) in groups.items()}
+    for (module, parameter), forms in parts.items():
+        components += read_bare(module, parameter, forms.pop("", {}), default, scalings)
+        for label, roles in forms.items():
+            components.append(read_form(module, parameter, label, roles, groups, shared))
     check(not scalings, "F11", "an override without tensors")
+    check(not any(named for _, named in groups.values()), "F11", "facts of what has no tensors")
+    labels = {c.label for c in components if isinstance(c, OfForm)}
+    check(groups.keys() <= labels, "F32", "facts of a form that the file has not")
+    used = {c.facts["factors"] for c in components if c.form == "shared"}
+    check(shared.keys() == used, "F11", "shared factors that no component shares")
     return components
+
+
+def read_bare(module, parameter, roles, default, scalings):
+    """The components of one target whose roles stand alone (F7, F24 to F29, F34 to F37)."""
+    name = full_name(module, parameter)
+
+    def pair(first, second):
+        found = roles.pop(first, None), roles.pop(second, None)
+        check((found[0] is None) == (found[1] is None), "F11", f"`{name}`: {first} or {second}")
+        return found
+
+    for a, b in PAIRS:
+        if {a, b} & roles.keys():
+            called = short_name(module, parameter)
+            component = Component(module, *pair(a, b), *scalings.pop(called, default), parameter)
+            component.kind = a[:-2] if a in ("embedding_A", "merged_A") else ""
+            plain = a == "lora_A.weight"
+            if not plain and component.kind != "merged":
+                for role in ("rank_gain", "magnitude", "in_magnitude"):
+                    setattr(component, role, roles.pop(role, None))
+            check_factors(component, name)
+            check(component.is_plain() == plain, "F10", f"`{name}`: plain factors")
+            if plain:
+                check_alpha(component, roles.pop("alpha", None))
+            yield component
+    if "value" in roles:
+        yield Replaced(module, parameter, roles.pop("value"))
+    if "base" in roles:
+        yield Base(module, parameter, roles.pop("base"))
+    rows, indices = pair("rows", "indices")
+    if rows is not None:
+        check(rows.dtype in FLOATS, "F28", f"`{name}`: rows of {rows.dtype}")
+        check(len(rows.shape) == 2 and rows.shape[0], "F28", f"`{name}`: rows {rows.shape}")
+        check((indices.dtype, indices.shape) == ("I64", rows.shape[:1]), "F28",
+              f"`{name}`: {indices.dtype} {indices.shape}")  # fmt: skip
+        places = np.frombuffer(indices.data, "<i8").tolist()
+        check(places == sorted(set(places)) and places[0] >= 0, "F28", f"`{name}`: {places}")
+        yield Rows(module, parameter, places, rows)
+    change, scale = pair("added", "scale")
+    if change is not None:
+        check(change.dtype in FLOATS, "F29", f"`{name}`: a change of {change.dtype}")
+        check((scale.dtype, scale.shape) == ("F64", []), "F29", f"`{name}`: no F64 scalar")
+        (value,) = struct.unpack("<d", scale.data)
+        check(math.isfinite(value), "F29", f"`{name}`: {value}")
+        yield Added(module, parameter, change, value)
+    check(not roles, "F11", f"`{name}`: {sorted(roles)} belong to no component")
 
 
 def check_factors(component, name):
     a, b = component.a, component.b
     for factor in (a, b):
         check(factor.dtype in FLOATS, "F7", f"`{name}`: dtype {factor.dtype}")
-    rule = {"linear": "F7", "convolution": "F24", "embedding": "F25"}[component.layer]
+    rule = {"linear": "F7", "convolution": "F24", "embedding": "F25", "merged": "F35"}[component.layer]
     dimensions = len(a.shape) if component.layer == "convolution" else 2
     for factor in (a, b):
         check(len(factor.shape) == dimensions, rule, f"`{name}`: shape {factor.shape}")
     check(set(b.shape[2:]) <= {1}, rule, f"`{name}`: shape {b.shape}")
-    check(a.shape[0] == b.shape[1], rule, f"`{name}`: the ranks differ")
-    check(1 <= a.shape[0] <= MAX_RANK, "F6", f"`{name}`: rank {a.shape[0]}")
+    if component.layer == "merged":
+        groups, rest = divmod(a.shape[0], b.shape[1]) if b.shape[1] else (0, 1)
+        check(groups and not rest and b.shape[0] % groups == 0, rule, f"`{name}`: the groups differ")
+    else:
+        check(a.shape[0] == b.shape[1], rule, f"`{name}`: the ranks differ")
+    check(1 <= component.rank <= MAX_RANK, "F6", f"`{name}`: rank {component.rank}")
     check(math.isfinite(component.scale), "F12", f"`{name}`: scale {component.scale}")
-    magnitude = component.magnitude
-    if magnitude is not None:
-        check(magnitude.dtype in FLOATS, "F26", f"`{name}`: m of {magnitude.dtype}")
-        check(magnitude.shape == b.shape[:1], "F26", f"`{name}`: m of shape {magnitude.shape}")
+    check(component.magnitude is None or component.in_magnitude is None, "F36", f"`{name}`: both magnitudes")
+    lengths = {"rank_gain": ("F34", component.rank), "magnitude": ("F26", b.shape[0]), "in_magnitude": ("F36", a.shape[1])}
+    for role, tensor in component.gains().items():
+        rule, length = lengths[role]
+        check(tensor.dtype in FLOATS, rule, f"`{name}`: {role} of {tensor.dtype}")
+        check(tensor.shape == [length], rule, f"`{name}`: {role} of shape {tensor.shape}")
+
+
+def fits(pattern, shape, lengths):
+    """Whether a shape is as the table has it; what its letters stand for goes into `lengths`."""
+    if pattern == "line":
+        return 0 not in shape and sum(n != 1 for n in shape) <= 1
+    shape = list(shape)
+    for token in pattern.split():
+        if token == "1*":
+            while shape and shape[0] == 1:
+                shape.pop(0)
+        elif token in ("k+", "k*", "1k"):
+            kernel, shape = shape, []
+            known = lengths.setdefault("kernel", kernel)
+            if token == "1k":
+                if kernel != [1] * len(known):
+                    return False
+            elif kernel != known or len(kernel) > 3 or 0 in kernel or len(kernel) < (token == "k+"):
+                return False
+        else:
+            if not shape:
+                return False
+            length = shape.pop(0)
+            if token.isdigit():
+                if length != int(token):
+                    return False
+            elif token == "tri":
+                if math.isqrt(8 * length + 1) ** 2 != 8 * length + 1:
+                    return False
+            elif (length == 0 and not token.endswith("?")) or lengths.setdefault(token, length) != length:
+                return False
+    return not shape
+
+
+def check_roles(form, name, roles):
+    """F31: the tensors of a form and their shapes."""
+    lengths, left = {}, set(roles)
+    for slot in FORMS[form] + ([] if form == "experts" else [DECOMPOSED]):
+        present = left & {role for alternative in slot for role in alternative}
+        left -= present
+        alternative = next((roles for roles in slot if set(roles) == present), None)
+        check(alternative is not None, "F31", f"`{name}`: {sorted(present)} make no {form}")
+        lengths.pop("kernel", None)
+        for role, pattern in alternative.items():
+            tensor = roles[role]
+            known = ("I32", "I64") if role == "indices" else FLOATS
+            check(tensor.dtype in known, "F31", f"`{name}`: {role} of {tensor.dtype}")
+            check(fits(pattern, tensor.shape, lengths), "F31", f"`{name}`: {role} of {tensor.shape}")
+    for rank in "rqps":
+        check(lengths.get(rank, 1) <= MAX_RANK, "F6", f"`{name}`: rank {lengths.get(rank)}")
+    return lengths
+
+
+def read_form(module, parameter, label, roles, groups, shared):
+    """A component of a form that has roles of its own (F31 to F33, F38 to F52)."""
+    name, form = full_name(module, parameter), label.split(".")[0]
+    facts = {}
+    if form in FACTS:
+        check(label in groups, "F32", f"`{name}`: no facts of {label}")
+        default, named = groups[label]
+        facts = named.pop(short_name(module, parameter), default)
+    if form == "shared":
+        check(facts["factors"] in shared, "F51", f"`{name}`: factors {facts['factors']}")
+        roles = shared[facts["factors"]] | roles
+    lengths = check_roles(form, name, roles)
+    rank = facts.get("rank", lengths.get("r"))
+    scalings = [(facts["scaling"], rank)] if "scaling" in facts else []
+    if form == "experts":
+        parameters = parameter.split("|")
+        matched = all(parameters) and len(parameters) == len(facts["candidates"])
+        check(matched, "F52", f"`{name}`: {len(facts['candidates'])} candidates")
+        scalings = [(candidate["scaling"], candidate["rank"]) for candidate in facts["candidates"]]
+        whole = all(rank and lengths["m"] % rank == 0 for _, rank in scalings)
+        check(whole, "F52", f"`{name}`: A has {lengths['m']} rows")
+    for (alpha, rule), rank in scalings:
+        check(1 <= rank <= MAX_RANK, "F6", f"`{name}`: rank {rank}")
+        scale = RULES[rule](alpha, rank)
+        check(math.isfinite(scale), "F12", f"`{name}`: scale {scale}")
+    radius = facts.get("radius", 0)
+    check(math.isfinite(radius) and radius >= 0, "F42", f"`{name}`: radius {radius}")
+    if form == "grid":
+        check(lengths["r"] % lengths["k"] == 0, "F50", f"`{name}`: rank {lengths['r']}")
+    if form == "shared":
+        check(lengths["o"] <= lengths["y"], "F51", f"`{name}`: {lengths['o']} outputs")
+    return OfForm(module, parameter, label, roles, facts)
+
+
+def read_facts(form, value):
+    """F33."""
+    required, optional = FACTS[form]
+    check(isinstance(value, dict), "F33", "facts are no object")
+    facts = {name: fact for name, fact in value.items() if fact is not None}
+    check(set(required) <= facts.keys() <= {*required, *optional}, "F33", f"{form}: the facts {sorted(facts)}")
+
+    def scaling(value):
+        check(isinstance(value, dict) and value.keys() == {"alpha", "rule"}, "F33", f"{form}: {value!r}")
+        check(value["rule"] in RULES, "F33", f"{form}: the rule {value['rule']!r}")
+        alpha = value["alpha"]
+        check(isinstance(alpha, (int, float)) and not isinstance(alpha, bool), "F33", f"{form}: {alpha!r}")
+        return float(alpha), value["rule"]
+
+    for name, fact in facts.items():
+        match name:
+            case "axis":
+                known = fact in ("in", "out")
+            case "stored":
+                known = fact in ("whole", "less-one")
+            case "layer":
+                known = fact in ("linear", "convolution", "embedding")
+            case "orthogonal":
+                known = isinstance(fact, bool)
+            case "radius":
+                known = isinstance(fact, (int, float)) and not isinstance(fact, bool)
+            case "scaling":
+                known, facts[name] = True, scaling(fact)
+            case "candidates":
+                known = isinstance(fact, list)
+                for candidate in fact if known else []:
+                    check(isinstance(candidate, dict) and candidate.keys() == {"scaling", "rank"}, "F33", f"{candidate}")
+                    check(whole(candidate["rank"]), "F33", f"rank {candidate['rank']!r}")
+                if known:
+                    facts[name] = [{"scaling": scaling(c["scaling"]), "rank": c["rank"]} for c in fact]
+            case _:
+                known = whole(fact)
+        check(known, "F33", f"{form}: {name} is {fact!r}")
+    return facts
+
+
+def read_groups(groups):
+    """F32: (default facts, facts by name) of each form."""
+    found = {}
+    for group in groups or []:
+        closed(group, ("form", "facts", "modules"), "a group of facts")
+        label = member(group, "form", str, required=True, rule="F32")
+        form = label.split(".")[0]
+        check(re.fullmatch(LABEL, label) and form in FACTS, "F32", f"the form {label!r}")
+        check(form != "experts" or int(label[8:]) < 1 << 64, "F32", f"the form {label!r}")
+        facts = read_facts(form, group.get("facts"))
+        default, named = found.setdefault(label, [None, {}])
+        modules = member(group, "modules", list, rule="F32") if group.get("modules") is not None else None
+        if modules is None:
+            check(default is None, "F32", f"{label}: two groups without modules")
+            found[label][0] = facts
+        for module in modules or []:
+            check(isinstance(module, str), "F32", f"a module is {module!r}")
+            check(module not in named, "F32", f"{label}: `{module}` is in two groups")
+            named[module] = facts
+    for label, (default, _) in found.items():
+        check(default is not None, "F32", f"{label}: no group without modules")
+    return found
 
 
 def check_alpha(component, alpha):
@@ -476,16 +780,24 @@ def check_alpha(component, alpha):
 
 
 def check_together(components):
-    """F30."""
-    forms = {}
+    """F30, and that no two targets have one short name (F13)."""
+    targets = {}
     for component in components:
-        name = full_name(component.module, component.parameter)
-        others = forms.setdefault(name, set())
-        form = type(component)
-        changes = {Component, Added}
-        clash = form in others or (form is Rows and others & changes)
-        check(not clash, "F30", f"`{name}` is changed twice")
-        others.add(form)
+        targets.setdefault((component.module, component.parameter), []).append(component)
+    own = {parameter for module, parameter in targets if not module}
+    both = sorted(own & {module for module, parameter in targets if parameter == "weight"})
+    check(not both, "F13", f"{both} are parameters and modules")
+    for target, together in targets.items():
+        name = full_name(*target)
+        forms = [getattr(c, "label", c.form) for c in together]
+        check(len(set(forms)) == len(forms), "F30", f"`{name}` is changed twice by one form")
+        whole = [c for c in together if c.form in ("base", "replaced")]
+        rows = [c for c in together if c.form == "rows"]
+        changes = [c for c in together if c.form not in ("base", "replaced", "rows")]
+        check(len(whole) < 2, "F30", f"`{name}` is replaced and copied")
+        check(not rows or not changes, "F30", f"rows of `{name}`, and changes of all")
+        dependent = [c for c in changes if c.form != "added" and c.depends()]
+        check(len(dependent) < 2, "F30", f"`{name}`: the order of two changes matters")
 
 
 def read(path):
@@ -516,6 +828,10 @@ def read(path):
             check(module not in scalings, "F13", f"`{module}` is in two overrides")
             scalings[module] = scaling
 
+    groups = read_groups(member(config, "forms", list, rule="F32") if config.get("forms") is not None else [])
+    names = config.get("names")
+    check(names is None or (isinstance(names, str) and names in NAMINGS), "F53", f"names of {names!r}")
+
     base = member(config, "base", dict) or {}
     base = {k: base[k] for k in ("name", "revision", "fingerprint") if k in base}
     member(base, "name", str)
@@ -525,7 +841,8 @@ def read(path):
     source = member(config, "source", dict)
     if source is not None:
         closed(source, ("format", "config"), "source")
-        member(source, "format", str, required=True)
+        known = member(source, "format", str, required=True) in CONFIGURED
+        check(known, "F15", f"a configuration of {source['format']!r}")
         member(source, "config", dict, required=True)
     extensions = member(config, "extensions", dict) or {}
     for name, extension in extensions.items():
@@ -534,14 +851,14 @@ def read(path):
         check(extension.get("copy") in ("safe", "unsafe"), "F22", f"{name}: copy is neither")
         check("value" in extension, "F22", f"{name}: no value")
 
-    components = in_order(read_components(tensors, default, scalings))
+    components = in_order(read_components(tensors, default, scalings, groups))
     check(components, "F11", "no components")
     check_together(components)
     used = sorted(set().union(*(component.features() for component in components)))
     check(requires == used, "F20", f"requires {requires}, uses {used}")
     fan_in_fan_out = member(config, "fan_in_fan_out", bool)
     matches = digest == "sha256:" + hashlib.sha256(data).hexdigest()
-    return Adapter(components, base, fan_in_fan_out, source, extensions, metadata, digest, matches)
+    return Adapter(components, base, fan_in_fan_out, names, source, extensions, metadata, digest, matches)
 
 
 # ---------------------------------------------------------------- writing
@@ -555,16 +872,53 @@ def scaling_value(alpha, rule):
     return {"alpha": int(alpha) if integral else alpha, "rule": rule}
 
 
+def facts_value(form, facts):
+    """F33: facts in the order of the table."""
+    required, optional = FACTS[form]
+    facts = {name: facts[name] for name in required + optional if name in facts}
+    if "scaling" in facts:
+        facts["scaling"] = scaling_value(*facts["scaling"])
+    if "candidates" in facts:
+        facts["candidates"] = [{"scaling": scaling_value(*candidate["scaling"]), "rank": candidate["rank"]}
+                               for candidate in facts["candidates"]]  # fmt: skip
+    if "radius" in facts:
+        facts["radius"] = scaling_value(facts["radius"], "")["alpha"]
+    return facts
+
+
+def form_groups(label, groups):
+    """F32: the most common facts first, for all; then the others, in order, with their names."""
+    default = max(sorted(groups), key=lambda text: len(groups[text][1]))
+    yield {"form": label, "facts": groups[default][0]}
+    for text in sorted(groups):
+        if text != default:
+            facts, modules = groups[text]
+            yield {"form": label, "facts": facts, "modules": sorted(modules)}
+
+
 def encode(adapter):
     """The bytes of the file (F4, F5)."""
-    tensors = {}
-    groups = {}
-    for component in adapter.components:
+    tensors, shared = {}, []
+    groups, forms = {}, {}
+    for component in in_order(adapter.components):
         tensors |= component.tensors()
+        if isinstance(component, OfForm):
+            facts = dict(component.facts)
+            if component.form == "shared":
+                # F51: each pair once, numbered as the components first use it.
+                pair = component.shared()
+                if pair not in shared:
+                    shared.append(pair)
+                facts["factors"] = shared.index(pair)
+            if facts:
+                value = facts_value(component.form, facts)
+                forms.setdefault(component.label, {}).setdefault(compact(value), (value, []))[1].append(component.called())
         if isinstance(component, Component):
             (bits,) = struct.unpack("<Q", struct.pack("<d", component.alpha))
             key = (component.rule, bits, float(component.alpha))
             groups.setdefault(key, []).append(component.called())
+    for number, pair in enumerate(shared):
+        tensors |= {f"lora:shared.{number}.{factor}": tensor for factor, tensor in zip("AB", pair)}
     stored = sorted(tensors.items(), key=lambda t: (-ORDER[t[1].dtype], t[0]))
     data = b"".join(tensor.data for _, tensor in stored)
 
@@ -572,7 +926,7 @@ def encode(adapter):
     ordered = sorted(groups, key=lambda key: list(RULES).index(key[0]) << 64 | key[1])
     default = max(ordered, key=lambda key: len(groups[key]), default=None)
     config = {
-        "version": "1.0-draft",
+        "version": "1.0",
         "requires": sorted(set().union(*(c.features() for c in adapter.components))),
         "digest": "sha256:" + hashlib.sha256(data).hexdigest(),
         "scaling": scaling_value(default[2], default[0]) if default else None,
@@ -581,7 +935,9 @@ def encode(adapter):
             for key in ordered
             if key != default
         ],
+        "forms": [group for label in sorted(forms) for group in form_groups(label, forms[label])],
         "fan_in_fan_out": adapter.fan_in_fan_out,
+        "names": adapter.names,
         "base": {k: adapter.base[k] for k in ("name", "revision", "fingerprint") if k in adapter.base},
         "source": adapter.source,
         "extensions": adapter.extensions,
@@ -677,12 +1033,16 @@ def describe(adapter):
         match c:
             case Component():
                 form = {} if c.layer == "linear" else {"layer": c.layer}
-                if c.magnitude is not None:
-                    form["magnitude"] = factor(c.magnitude)
+                form |= {role: factor(tensor) for role, tensor in c.gains().items()}
                 form |= {"rank": c.rank, "alpha": float(c.alpha), "rule": c.rule,
                          "scale": c.scale, "a": factor(c.a), "b": factor(c.b)}  # fmt: skip
             case Replaced():
                 form = {"value": factor(c.value)}
+            case Base():
+                form = {"base": factor(c.value)}
+            case OfForm():
+                facts = facts_value(c.form, c.facts) if c.facts else {}
+                form = {"form": c.label, "facts": facts, "tensors": {r: factor(c.roles[r]) for r in sorted(c.roles)}}
             case Rows():
                 form = {"indices": c.indices, "rows": factor(c.rows)}
             case Added():
@@ -692,6 +1052,7 @@ def describe(adapter):
     return {
         "modules": [component(c) for c in adapter.components],
         "fan_in_fan_out": adapter.fan_in_fan_out,
+        "names": adapter.names,
         "base": {k: adapter.base.get(k) for k in ("name", "revision", "fingerprint")},
         "source": adapter.source,
         "extensions": adapter.extensions,

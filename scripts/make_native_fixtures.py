@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 import lora_format as lf
-from lora_format import Adapter, Added, Component, Replaced, Rows, Tensor
+from lora_format import Adapter, Added, Base, Component, OfForm, Replaced, Rows, Tensor
 
 NATIVE = Path(__file__).resolve().parent.parent / "fixtures" / "native"
 
@@ -64,7 +64,7 @@ def convolution(module, kernel, rank=2, alpha=16.0, rule="alpha/rank", dtype="F3
 def embedding(module, rank=2, alpha=16.0, shape=(5, 3), seed=1, **keywords):
     """`shape` is vocabulary × dimension."""
     a, b = tensor("F32", rank, shape[0], seed=2 * seed), tensor("F32", shape[1], rank, seed=2 * seed + 1)
-    return Component(module, a, b, alpha, "alpha/rank", embedding=True, **keywords)
+    return Component(module, a, b, alpha, "alpha/rank", kind="embedding", **keywords)
 
 
 def with_magnitude(component, dtype="F32", seed=9):
@@ -87,6 +87,66 @@ def rows(module="model.embed_tokens", indices=(0, 7, 2**40), parameter="weight",
 
 def added(module="model.layers.0.q_proj", scale=8.0, parameter="bias", dtype="F32", shape=(4,)):
     return Added(module, parameter, tensor(dtype, *shape, seed=13), scale)
+
+
+def of_form(label, module, shapes, parameter="weight", dtype="F32", seed=30, **facts):
+    """A change by a form that has roles of its own, with tensors of these shapes."""
+    roles = {role: tensor(dtype, *shape, seed=seed + i) for i, (role, shape) in enumerate(shapes.items())}
+    return OfForm(module, parameter, label, roles, facts)
+
+
+def scaled(alpha, rule="alpha/rank"):
+    return (float(alpha), rule)
+
+
+HADAMARD = {"w1a": (4, 2), "w1b": (2, 3), "w2a": (4, 2), "w2b": (2, 3)}
+EXPERTS = {"A": (6, 3), "B": (4, 6)}
+BOUNDED = {"A": (2, 3), "B": (4, 2), "bound": (1,), "norms": (3,)}
+SHARED = {"in_gain": (2,), "out_gain": (4,)}
+FACTORS = {"A": tensor("F32", 2, 5, seed=60), "B": tensor("F32", 6, 2, seed=61)}
+
+
+def hadamard(module="m", alpha=16, rank=2, seed=30, **keywords):
+    return of_form("hadamard", module, HADAMARD, scaling=scaled(alpha), rank=rank, seed=seed, **keywords)
+
+
+def decomposed(component, axis="out", length=4, dtype="F32"):
+    component.roles["magnitude" if axis == "out" else "in_magnitude"] = tensor(dtype, length, seed=62)
+    return component
+
+
+def vera(module, factors=FACTORS, seed=63, **facts):
+    made = of_form("shared", module, SHARED, seed=seed, factors=0, **facts)
+    made.roles |= copy.deepcopy(factors)
+    return made
+
+
+def sparse(module="m", indices=((0, 3, 3), (2, 0, 2)), dtype="I32"):
+    made = of_form("sparse", module, {"values": (len(indices[0]),)})
+    data = np.array(indices, {"I32": "<i4", "I64": "<i8"}[dtype]).tobytes()
+    made.roles["indices"] = Tensor(dtype, [2, len(indices[0])], data)
+    return made
+
+
+def experts(module="mlp.experts", parameter="down", depth=0, ranks=(2,), alphas=(16,), shapes=EXPERTS, seed=64):
+    candidates = [{"scaling": scaled(alpha), "rank": rank} for rank, alpha in zip(ranks, alphas)]
+    return of_form(f"experts.{depth}", module, shapes, parameter, seed=seed, candidates=candidates)
+
+
+def adalora(module="m", **keywords):
+    made = component(module, **keywords)
+    made.rank_gain = tensor("F32", made.rank, seed=65)
+    return made
+
+
+def merged(module="attn.c_attn", groups=2, rank=2, alpha=16.0):
+    a, b = tensor("F32", groups * rank, 3, seed=66), tensor("F32", groups * 4, rank, seed=67)
+    return Component(module, a, b, alpha, "alpha/rank", kind="merged")
+
+
+def per_input(made, length=3):
+    made.in_magnitude = tensor("F32", length, seed=68)
+    return made
 
 
 def mixed_forms():
@@ -220,6 +280,67 @@ def vectors():
         "add": (Adapter([component("model.layers.0.q_proj"), added(), added("m", -0.1, "scale", "BF16", (2, 2)),
                          added("n", 0.0, "weight", "F16", ())]),
                 "changes in full, with scales of their own (F29)"),
+        "rank-gain": (Adapter([adalora("a"), adalora("b", rank=3, dtypes="BF16", alpha=0.3, rule="direct"),
+                               with_magnitude(adalora("c"))]), "gains of ranks, one below a magnitude (F34)"),
+        "merged": (Adapter([merged(), merged("attn.qkv", 3, 1), component("plain")]),
+                   "factors of two and of three groups of rows (F35)"),
+        "in-magnitude": (Adapter([per_input(component("lin")), per_input(convolution("conv", (3, 3))),
+                                  per_input(embedding("wte"), 5), per_input(adalora("ada")),
+                                  decomposed(hadamard("hada")), decomposed(hadamard("hada-in"), "in", 3),
+                                  decomposed(sparse("sparse"), dtype="BF16"), decomposed(vera("vera"), "in", 5)]),
+                         "magnitudes per input feature, and magnitudes of other forms (F36)"),
+        "base": (Adapter([Base("embed", "weight", tensor("BF16", 7, 3)), embedding("embed", shape=(7, 3)),
+                          Base("m", "f8", opaque("F8_E4M3", 3))]), "copies of the base (F37)"),
+        "tucker": (Adapter([of_form("tucker", "c1", {"A": (3, 5), "B": (4, 2), "mid": (2, 3, 3)}, scaling=scaled(1)),
+                            of_form("tucker", "c2", {"A": (2, 5, 1, 1), "B": (4, 2, 1, 1), "mid": (2, 2, 3, 3)},
+                                    scaling=scaled(0.5, "direct"), dtype="F16")]), "kernels with a core (F38)"),
+        "hadamard": (Adapter([hadamard("a"), hadamard("b", seed=40), hadamard("c", alpha=8, rank=5, seed=50),
+                              of_form("hadamard", "d", {"t1": (2, 3, 3, 3), "w1a": (2, 4), "w1b": (3, 5),
+                                      "t2": (2, 3, 3, 3), "w2a": (2, 4), "w2b": (3, 5)}, scaling=scaled(16), rank=3)]),
+                     "with and without cores; a rank that is not the stored one (F39)"),
+        "kronecker": (Adapter([of_form("kronecker", f"m{i}", left | right, scaling=scaled(8), rank=4) for i, (left, right)
+                               in enumerate((left, right) for left in
+                                            ({"w1": (2, 3)}, {"w1a": (2, 4), "w1b": (4, 3)}) for right in
+                                            ({"w2": (5, 7)}, {"w2": (5, 7, 3, 3)}, {"w2": (5, 7, 3)}, {"w2a": (5, 2), "w2b": (2, 7)},
+                                             {"t2": (2, 4, 3, 3), "w2a": (2, 5), "w2b": (4, 7)}))]),
+                      "every pair of sides (F40)"),
+        "gain": (Adapter([of_form("gain", "k", {"gain": (4, 1)}, axis="out", stored="whole"),
+                          of_form("gain", "k", {"gain": (4, 1)}, "bias", axis="out", stored="whole"),
+                          of_form("gain", "ff", {"gain": (1, 5)}, axis="in", stored="whole"),
+                          of_form("gain", "conv", {"gain": (1, 6, 1, 1)}, axis="in", stored="less-one", dtype="BF16")]),
+                 "gains of inputs and outputs, whole and less one (F41)"),
+        "rotation": (Adapter([of_form("rotation", "a", {"generators": (2, 6)}, layer="linear", neumann_terms=5),
+                              of_form("rotation", "b", {"generators": (1, 3)}, layer="linear", neumann_terms=5),
+                              of_form("rotation", "c", {"generators": (3, 0)}, layer="convolution"),
+                              of_form("rotation", "d", {"generators": (2, 1)}, layer="embedding", radius=6e-5),
+                              of_form("rotation", "e", {"generators": (2, 1)}, layer="linear", neumann_terms=0, radius=2.0)]),
+                     "exact, as a series, within a radius; blocks of 4, 3, 1 and 2 (F42)"),
+        "reflections": (Adapter([of_form("reflections", "a", {"vectors": (5, 2)}, orthogonal=False),
+                                 of_form("reflections", "b", {"vectors": (5, 1)}, orthogonal=True)]), "as they are and made orthogonal (F43)"),
+        "butterfly": (Adapter([of_form("butterfly", "a", {"generators": (2, 3, 2, 2), "gain": (4, 1)}),
+                               of_form("butterfly", "b", {"generators": (1, 1, 4, 4), "gain": (1, 4)}, dtype="F16")]),
+                      "a form without facts (F32, F44)"),
+        "tiled": (Adapter([of_form("tiled", "a", {"block": (2, 4)}), of_form("tiled", "b", {"bat": (2, 2, 2)})]), "both rules (F45)"),
+        "proportional": (Adapter([of_form("proportional", "lin", {"A": (2, 3), "B": (4, 2)}, scaling=scaled(1, "direct")),
+                                  of_form("proportional", "conv", {"A": (2, 3, 3, 3), "B": (4, 2, 1, 1)}, scaling=scaled(2)),
+                                  of_form("proportional", "wte", {"embedding_A": (2, 7), "embedding_B": (3, 2)},
+                                          scaling=scaled(1, "direct"))]), "of every kind of layer (F46)"),
+        "sparse": (Adapter([sparse("a"), sparse("b", ((2**31 - 1,), (0,)), "I64"), sparse("none", ((), ()))]),
+                   "single values, some at one place, and none (F47)"),
+        "circulant": (Adapter([of_form("circulant", "m", {"kernels": (2, 3, 4)})]), "kernels (F48)"),
+        "bounded": (Adapter([of_form("bounded", "m", BOUNDED)]), "factors with a bound and norms (F49)"),
+        "grid": (Adapter([of_form("grid", "m", {"A": (2, 3, 4), "B": (2, 4, 5)}, scaling=scaled(64), rank=6),
+                          component("m", alpha=64 / 6, rule="direct", shape=(10, 6))]),
+                 "fields beside a low-rank change with a scaling of its own (F50, F30)"),
+        "shared": (Adapter([vera("a"), vera("b", seed=70), vera("c", {"A": tensor("F32", 2, 5, seed=60), "B": tensor("F32", 7, 2, seed=71)}),
+                            vera("d", seed=72)]), "two pairs of factors that four components share (F51)"),
+        "experts": (Adapter([experts("l0.experts", "gate|down", ranks=(2, 3), alphas=(16, 4)), experts("l0.experts", "gate|down", 1, (2, 6), (16, 4)),
+                             experts("l1.experts", "gate|down", ranks=(2, 3), alphas=(16, 4)), experts("l1.experts", "gate|down", 1, (2, 3), (16, 4)),
+                             experts("l2.experts", "gate|down", ranks=(2, 3), alphas=(16, 4)), experts("l3.experts"), component("router")]),
+                    "candidates, nested (F52)"),
+        "names": (Adapter([component("lora_unet_down_blocks_0_attentions_0_proj_in")], names="kohya",
+                          source={"format": "diffusers", "config": {"unet.r": 2, "unet.lora_alpha": 16}}),
+                  "modules as another format spells them (F53), the configuration of diffusers (F15)"),
         "forms": (mixed_forms()[0], "everything in one file, several forms on one parameter (F30), the identity of "
                                     "`base-forms/base.safetensors` (F17)"),
     }  # fmt: skip
@@ -275,6 +396,26 @@ def foreign():
     parts.config["base"]["fingerprint"] = {"algorithm": "samples-9", "targets": {"k": 7}}
     out["fingerprint-unknown"] = (parts.bytes(), "base-name",
                                   "F18: a fingerprint of an unknown algorithm says nothing")  # fmt: skip
+    parts = Parts(Adapter(layers()))
+    parts.config["version"] = "1.0-draft"
+    out["draft"] = (parts.bytes(), "plain", "F20: the version before it was frozen")
+    parts = Parts(vectors()["rotation"][0])
+    parts.config["forms"] = [
+        {"form": "rotation", "facts": {"layer": "embedding"}},
+        *({"form": "rotation", "facts": facts, "modules": [module]} for module, facts in {
+            "a": {"neumann_terms": 5, "radius": None, "layer": "linear"},
+            "b": {"layer": "linear", "neumann_terms": 5}, "c": {"layer": "convolution"},
+            "d": {"layer": "embedding", "radius": 0.00006},
+            "e": {"radius": 2, "neumann_terms": 0, "layer": "linear"}}.items()),
+        {"form": "rotation", "facts": {"layer": "linear"}, "modules": []},
+    ]  # fmt: skip
+    out["facts-one-by-one"] = (parts.bytes(), "rotation", "F32, F33: each component named, facts in another order, `null`")
+    parts = Parts(vectors()["shared"][0])
+    swapped = {"lora:shared.0.": "lora:shared.9.", "lora:shared.1.": "lora:shared.0."}
+    parts.tensors = {swapped.get(n[:14], n[:14]) + n[14:]: t for n, t in parts.tensors.items()}
+    for group in parts.config["forms"]:
+        group["facts"]["factors"] = 0 if "modules" in group else 9
+    out["shared-numbers"] = (parts.bytes(), "shared", "F51: other numbers of the shared factors")
     return out
 
 
@@ -382,8 +523,8 @@ def bad():
     case("version-2", "F20", "version 2.0")(config(version="2.0"))
     case("version-10", "F20", "version 10.0")(config(version="10.0"))
     case("version-missing", "F20", "`version` is missing")(without("version"))
-    case("requires-unknown", "F20", "a feature that this version reserves: `kronecker`")(
-        config(requires=["kronecker", "low-rank"]))
+    case("requires-unknown", "F20", "a feature that this version reserves: `rows`")(
+        config(requires=["low-rank", "rows"]))
     case("requires-unused", "F20", "`requires` names `magnitude`, which the file does not use")(
         config(requires=["low-rank", "magnitude"]))
     case("requires-unsorted", "F20", "`requires` is not sorted", Adapter([*layers(1), norm()]))(
@@ -473,6 +614,109 @@ def bad():
          Adapter([added("m", parameter="weight", shape=(5, 3)), rows("m")]))(lambda p: None)
     case("clash-layers", "F30", "one weight is a matrix and an embedding", Adapter([component("m"), embedding("m")]))(
         lambda p: None)
+
+    case("role-of-form-unknown", "F11", "a role that the form has not", Adapter([hadamard()]))(
+        replaced("m.weight.lora:hadamard.t3", tensor("F32", 4)))
+    case("form-unknown", "F11", "a form that is not known", Adapter([norm()]))(
+        replaced("m.weight.lora:fourier.spectrum", tensor("F32", 4)))
+    case("experts-depth", "F11", "a depth with a leading zero", Adapter([experts(), norm()]))(
+        replaced("mlp.experts.down.lora:experts.01.A", tensor("F32", 6, 3)))
+    case("experts-without-depth", "F11", "experts without a depth", Adapter([experts()]))(
+        replaced("mlp.experts.down.lora:experts.A", tensor("F32", 6, 3)))
+    case("clash-form", "F30", "a copy of the base and a replacement", Adapter(
+        [norm("m"), Base("m", "weight", tensor("F32", 6))]))(lambda p: None)
+    case("clash-dependent", "F30", "two changes that depend on the weight", Adapter(
+        [of_form("gain", "m", {"gain": (4, 1)}, axis="out", stored="whole"), with_magnitude(component("m"))]))(lambda p: None)
+    case("clash-decomposed", "F31", "one form with both magnitudes",
+         Adapter([decomposed(decomposed(hadamard()), "in", 3)]))(lambda p: None)
+    case("magnitudes-both", "F36", "factors with both magnitudes",
+         Adapter([per_input(with_magnitude(component("m")))]))(lambda p: None)
+    case("in-magnitude-shape", "F36", "a magnitude of inputs that counts outputs",
+         Adapter([per_input(component("m"), 4)]))(lambda p: None)
+    gained = Adapter([adalora("m")])
+    case("rank-gain-shape", "F34", "a gain of two dimensions", gained)(
+        replaced("m.weight.lora:rank_gain", tensor("F32", 2, 1)))
+    case("rank-gain-dtype", "F34", "a gain in I8", gained)(replaced("m.weight.lora:rank_gain", opaque("I8", 2)))
+    fused = Adapter([merged("m")])
+    case("merged-rows", "F35", "A has no whole number of ranks", fused)(
+        replaced("m.weight.lora:merged_A", tensor("F32", 5, 3)))
+    case("merged-groups", "F35", "B has no whole number of groups", fused)(
+        replaced("m.weight.lora:merged_B", tensor("F32", 7, 2)))
+    case("merged-gain", "F11", "a magnitude of a merged layer", fused)(
+        replaced("m.weight.lora:magnitude", tensor("F32", 8)))
+    hada = Adapter([hadamard("m"), hadamard("n", alpha=8)])
+    case("form-without-role", "F31", "a factor of a product is missing", hada)(lost("m.weight.lora:hadamard.w2b"))
+    case("form-one-core", "F31", "one product has a core", hada)(
+        replaced("m.weight.lora:hadamard.t1", tensor("F32", 2, 2, 3)))
+    case("form-shape", "F31", "the products have not the same outputs", hada)(
+        replaced("m.weight.lora:hadamard.w2a", tensor("F32", 5, 2)))
+    case("form-dtype", "F31", "a factor in I8", hada)(replaced("m.weight.lora:hadamard.w2a", opaque("I8", 4, 2)))
+    case("form-empty", "F31", "factors without outputs", hada)(lambda p: p.tensors.update(
+        {f"m.weight.lora:hadamard.{role}": tensor("F32", 0, 2) for role in ("w1a", "w2a")}))
+    case("form-both-sides", "F31", "a side in full and as a product", Adapter([of_form(
+        "kronecker", "m", {"w1": (2, 2), "w1a": (2, 1), "w1b": (1, 2), "w2": (2, 2)}, scaling=scaled(1), rank=1)]))(lambda p: None)
+    case("form-kernel", "F31", "a kernel of four lengths", Adapter([of_form(
+        "kronecker", "m", {"w1": (2, 2), "w2": (2, 2, 1, 1, 1, 1)}, scaling=scaled(1), rank=1)]))(lambda p: None)
+    case("form-ones", "F31", "B has fewer ones than the kernel lengths", Adapter([of_form(
+        "proportional", "m", {"A": (2, 3, 3, 3), "B": (4, 2, 1)}, scaling=scaled(1))]))(lambda p: None)
+    case("gain-shape", "F31", "a gain that is a matrix", Adapter([of_form(
+        "gain", "m", {"gain": (2, 2)}, axis="in", stored="whole")]))(lambda p: None)
+    case("rotation-elements", "F31", "four elements are no triangle", Adapter([of_form(
+        "rotation", "m", {"generators": (2, 4)}, layer="linear")]))(lambda p: None)
+    case("sparse-indices", "F31", "indices in F32", Adapter([sparse()]))(
+        replaced("m.weight.lora:sparse.indices", tensor("F32", 2, 3)))
+    def forms(*groups):
+        return lambda parts: parts.config.update(forms=list(groups))
+
+    def group(modules=None, form="hadamard", alpha=16, **facts):
+        group = {"form": form, "facts": {"scaling": {"alpha": alpha, "rule": "alpha/rank"}, "rank": 2} | facts}
+        return group if modules is None else group | {"modules": modules}
+
+    case("forms-missing", "F32", "`forms` is missing", hada)(lambda p: p.config.pop("forms"))
+    case("forms-no-default", "F32", "all components are named, and there is no default", hada)(forms(group(["m", "n"])))
+    case("forms-two-defaults", "F32", "two groups without modules", hada)(forms(group(), group(alpha=8)))
+    case("forms-needless", "F32", "facts of a form that the file has not", hada)(forms(group(), group(form="kronecker")))
+    case("forms-without-facts", "F32", "facts of a form that has none", Adapter([of_form(
+        "circulant", "m", {"kernels": (2, 3, 4)})]))(forms({"form": "circulant", "facts": {}}))
+    case("forms-unknown", "F32", "facts of a form that is not known", hada)(forms(group(), group(form="fourier")))
+    case("forms-module-twice", "F32", "a module is in two groups", hada)(forms(group(), group(["m"]), group(["m"])))
+    case("forms-without-tensors", "F11", "a group names a module without tensors", hada)(forms(group(), group(["x"])))
+    case("forms-unknown-member", "F21", "a group has a member that is not known", hada)(
+        forms(group() | {"axis": "in"}))
+    case("facts-missing", "F33", "a fact is missing", hada)(forms(group(rank=None)))
+    case("facts-needless", "F33", "a fact that the form has not", hada)(forms(group(axis="in")))
+    case("facts-rank", "F33", "a rank that is no count", hada)(forms(group(rank=2.0)))
+    case("facts-rank-zero", "F6", "a rank of 0", hada)(forms(group(rank=0)))
+    case("facts-rule", "F33", "a rule that is not known", hada)(
+        forms(group(scaling={"alpha": 1, "rule": "alpha"})))
+    case("facts-rank-limit", "F6", "a rank of 65,537", hada)(forms(group(rank=65537)))
+    case("facts-axis", "F33", "an axis that is not known", Adapter([of_form(
+        "gain", "m", {"gain": (4, 1)}, axis="out", stored="whole")]))(
+        forms({"form": "gain", "facts": {"axis": "both", "stored": "whole"}}))
+    case("facts-radius", "F42", "a radius below 0", Adapter([of_form(
+        "rotation", "m", {"generators": (2, 1)}, layer="linear", radius=-1.0)]))(lambda p: None)
+    case("grid-rank", "F50", "a rank that k does not divide", Adapter([of_form(
+        "grid", "m", {"A": (2, 3, 3), "B": (2, 3, 5)}, scaling=scaled(1), rank=3)]))(lambda p: None)
+    case("shared-unused", "F11", "shared factors that no component shares", Adapter([vera("m")]))(
+        replaced("lora:shared.1.A", tensor("F32", 2, 5)))
+    case("shared-missing", "F51", "a component shares factors that are not there", Adapter([vera("m")]))(
+        forms({"form": "shared", "facts": {"factors": 1}}))
+    case("shared-half", "F31", "shared factors without B", Adapter([vera("m")]))(lost("lora:shared.0.B"))
+    case("shared-outputs", "F51", "more outputs than the shared B has rows", Adapter([vera("m")]))(
+        replaced("m.weight.lora:shared.out_gain", tensor("F32", 7)))
+    case("shared-own", "F11", "a factor that should be shared", Adapter([vera("m")]))(
+        replaced("m.weight.lora:shared.A", tensor("F32", 2, 5)))
+    case("experts-rank", "F52", "A has no whole number of ranks", Adapter([experts(ranks=(4,))]))(lambda p: None)
+    case("experts-rank-zero", "F52", "a candidate of rank 0", Adapter([experts(ranks=(0,))]))(lambda p: None)
+    case("experts-candidates", "F52", "two parameters, one candidate", Adapter([experts(parameter="gate|down")]))(lambda p: None)
+    case("experts-nameless", "F52", "a parameter without a name", Adapter([experts(parameter="gate|", ranks=(2, 2), alphas=(1, 1))]))(
+        lambda p: None)
+    case("short-name", "F13", "a parameter of the model is called as a module", Adapter(
+        [component("m"), Replaced("", "m", tensor("F32", 2))]))(lambda p: None)
+    case("names-unknown", "F53", "names of a format that is not known")(config(names="a1111"))
+    case("names-own", "F53", "names of a format that names modules as the base does")(config(names="peft"))
+    case("source-unknown", "F15", "the configuration of a format that is not known")(
+        config(source={"format": "a1111", "config": {}}))
 
     def damage(parts):
         damaged = parts.tensors[f"{module}.lora_A.weight"]

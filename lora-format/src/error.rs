@@ -525,6 +525,16 @@ pub enum AdapterProblem {
          factors are named `.lora_A.weight` and `.lora_B.weight`"
     )]
     NeedlessName { tensor: String },
+    #[error("`{parameter}`: the tensors {roles} do not make up a change of the form {form}")]
+    FormRoles { parameter: String, form: &'static str, roles: String },
+    #[error("`{tensor}`: shape {found}; beside the form's other tensors it must be {expected}")]
+    FormShape { tensor: String, found: Shape, expected: &'static str },
+    #[error("`{parameter}`: {candidates} candidates for the parameters that its name lists")]
+    Candidates { parameter: String, candidates: usize },
+    #[error("`{parameter}`: the configuration has no {what}")]
+    NoFacts { parameter: String, what: &'static str },
+    #[error("`{name}` is both a parameter of the model and a module with a `weight`")]
+    ShortName { name: String },
     #[error("`{parameter}`: {first} and {second} cannot both act on it")]
     Clash { parameter: String, first: &'static str, second: &'static str },
 }

@@ -53,9 +53,11 @@ pub(crate) fn of_layer(
             "A of a convolution is rank × in × kernel",
             "B of a convolution is out × rank × ones, as many as A has kernel dimensions",
         ),
-        Layer::Linear | Layer::Merged => {
-            ("A of a linear layer is rank × in", "B of a linear layer is out × rank")
-        }
+        Layer::Merged => (
+            "A of fused projections is (groups·rank) × in",
+            "B of fused projections is (groups·rows) × rank",
+        ),
+        Layer::Linear => ("A of a linear layer is rank × in", "B of a linear layer is out × rank"),
     };
     let dimensions = if layer == Layer::Convolution { a.shape.len() } else { 2 };
     let fits = |shape: &[usize]| shape.len() == dimensions;
@@ -75,8 +77,11 @@ pub(crate) fn of_layer(
         return None;
     }
     let module = module.to_owned();
-    let rank = a.shape[0];
-    if b.shape[1] != rank {
+    let (rank, agree) = match layer {
+        Layer::Merged => (b.shape[1], groups_agree(&a.shape, &b.shape)),
+        _ => (a.shape[0], b.shape[1] == a.shape[0]),
+    };
+    if !agree {
         let (a, b) = (Shape(a.shape), Shape(b.shape));
         problems.push(AdapterProblem::RankMismatch { module, a, b });
         return None;
@@ -92,4 +97,14 @@ pub(crate) fn of_layer(
         return None;
     }
     Some(low_rank)
+}
+
+/// Whether A, (n·rank) × in, and B, (n·rows) × rank, are of the same number of groups.
+fn groups_agree(a: &[usize], b: &[usize]) -> bool {
+    match (a, b) {
+        (&[rows, _], &[outputs, rank]) if rows > 0 && rank > 0 && rows % rank == 0 => {
+            outputs % (rows / rank) == 0
+        }
+        _ => false,
+    }
 }

@@ -29,6 +29,9 @@ pub struct Adapter {
     /// Whether the trainer said that its targets store their weights as (in, out). Only a hint:
     /// trainers get it wrong, so shapes decide where they can.
     pub fan_in_fan_out: Option<bool>,
+    /// The format whose spelling the modules have, if it is not the base's own: files of image
+    /// models flatten their names, and which module is meant only their naming tells.
+    pub names: Option<AdapterFormat>,
     /// The file's own string metadata, less what the format itself writes there.
     pub metadata: Vec<(String, String)>,
     /// The configuration of the format it first came from, every field of it.
@@ -53,6 +56,7 @@ impl Adapter {
             components,
             base,
             fan_in_fan_out: None,
+            names: None,
             metadata: Vec::new(),
             source: None,
             extensions: Map::new(),
@@ -133,6 +137,45 @@ pub enum AdapterFormat {
 }
 
 impl AdapterFormat {
+    const ALL: [AdapterFormat; 10] = [
+        AdapterFormat::Native,
+        AdapterFormat::Peft,
+        AdapterFormat::Loralib,
+        AdapterFormat::Kohya,
+        AdapterFormat::Diffusers,
+        AdapterFormat::Comfy,
+        AdapterFormat::OneTrainer,
+        AdapterFormat::Gguf,
+        AdapterFormat::Mlx,
+        AdapterFormat::Torchtune,
+    ];
+
+    /// The format of that name.
+    pub fn from_name(name: &str) -> Option<AdapterFormat> {
+        AdapterFormat::ALL.into_iter().find(|format| format.name() == name)
+    }
+
+    /// Whether its files have a configuration, which [`SourceConfig`] may carry.
+    pub fn has_configuration(self) -> bool {
+        matches!(self, AdapterFormat::Peft | AdapterFormat::Diffusers)
+    }
+
+    /// Whether it spells modules in a way of its own, not as the base names them.
+    pub fn has_naming(self) -> bool {
+        match self {
+            AdapterFormat::Kohya
+            | AdapterFormat::Diffusers
+            | AdapterFormat::Comfy
+            | AdapterFormat::OneTrainer => true,
+            AdapterFormat::Native
+            | AdapterFormat::Peft
+            | AdapterFormat::Loralib
+            | AdapterFormat::Gguf
+            | AdapterFormat::Mlx
+            | AdapterFormat::Torchtune => false,
+        }
+    }
+
     /// The name that `--to` takes and that files record.
     pub fn name(self) -> &'static str {
         match self {
@@ -175,11 +218,13 @@ pub struct Component {
 }
 
 impl Component {
-    /// The order of an adapter's components: by target, and of one target as they act.
+    /// The order of an adapter's components: by target, of one target as they act, and of those
+    /// that act together by the form's name.
     pub fn compare(&self, other: &Component) -> Ordering {
         self.target
             .cmp(&other.target)
             .then_with(|| self.form.precedence().cmp(&other.form.precedence()))
+            .then_with(|| self.form.name().cmp(other.form.name()))
     }
 }
 
@@ -337,6 +382,33 @@ impl Form {
         }
     }
 
+    /// The form's name in our format; of what is decomposed, that of the change.
+    pub(crate) fn name(&self) -> &'static str {
+        match self {
+            Form::LowRank(_) => "low-rank",
+            Form::Experts(_) => "experts",
+            Form::Shared(_) => "shared",
+            Form::Tucker(_) => "tucker",
+            Form::Decomposed(form) => form.change.name(),
+            Form::Hadamard(_) => "hadamard",
+            Form::Kronecker(_) => "kronecker",
+            Form::Gain(_) => "gain",
+            Form::Rotation(_) => "rotation",
+            Form::Reflections(_) => "reflections",
+            Form::Butterfly(_) => "butterfly",
+            Form::Tiled(_) => "tiled",
+            Form::Proportional(_) => "proportional",
+            Form::Sparse(_) => "sparse",
+            Form::Circulant(_) => "circulant",
+            Form::Bounded(_) => "bounded",
+            Form::Grid(_) => "grid",
+            Form::Added { .. } => "added",
+            Form::Replaced(_) => "replaced",
+            Form::Rows { .. } => "rows",
+            Form::Base(_) => "base",
+        }
+    }
+
     /// Where it stands among the changes of one parameter: copies of the base and whole parameters
     /// come before what changes them.
     pub(crate) fn precedence(&self) -> usize {
@@ -344,7 +416,7 @@ impl Form {
             Form::Base(_) => 0,
             Form::Replaced(_) => 1,
             Form::Rows { .. } => 2,
-            Form::Experts(experts) => 3 + experts.depth,
+            Form::Experts(experts) => experts.depth.saturating_add(3),
             Form::Added { .. } => usize::MAX,
             _ => 3,
         }

@@ -22,15 +22,14 @@ pub(crate) fn expand(
         adapters.iter().map(|one| Expansions::of(&one.adapter)).collect();
     placed.retain(|place| {
         let adapter = &mut adapters[place.adapter].adapter;
-        let Some(index) = place.parameter.filter(|_| adapter.format == AdapterFormat::Loralib)
-        else {
-            return true;
-        };
+        let Some(index) = place.parameter else { return true };
         let parameter = parameters.get(index);
+        let is_loralib = adapter.format == AdapterFormat::Loralib;
         let Form::LowRank(stored) = &mut adapter.components[place.component].form else {
             return true;
         };
-        if stored.layer == Layer::Linear && parameter.shape.len() != 4 {
+        let is_convolution = is_loralib && parameter.shape.len() == 4;
+        if stored.layer != Layer::Merged && !is_convolution {
             return true;
         }
         match expanded(stored, &parameter.shape, &mut expansions[place.adapter]) {

@@ -9,7 +9,7 @@
 use std::collections::{BTreeMap, HashMap};
 
 use lora_format::Adapter;
-use lora_format::model::{AdapterFormat, Component, Form, Layer, LowRank};
+use lora_format::model::{Component, Form, Layer, LowRank};
 use lora_format::naming::{BaseNames, BasePiece, Catalogue, Linked, Naming, NamingProblem};
 
 use crate::error::PlanProblem;
@@ -18,15 +18,9 @@ use crate::parameters::Parameters;
 use crate::place::{Part, Placed};
 use crate::plan::WeightedAdapter;
 
-/// Whether an adapter's format spells modules.
+/// Whether an adapter spells its modules as some format does.
 pub(crate) fn spells(adapter: &Adapter) -> bool {
-    matches!(
-        adapter.format,
-        AdapterFormat::Kohya
-            | AdapterFormat::Diffusers
-            | AdapterFormat::Comfy
-            | AdapterFormat::OneTrainer
-    )
+    adapter.names.is_some()
 }
 
 /// Places every component of an adapter whose format spells modules.

@@ -27,7 +27,7 @@ fn an_adapter_in_peft_format() {
 #[test]
 fn an_adapter_in_our_format() {
     let text = inspect("native/plain.safetensors");
-    assert!(text.starts_with("native/plain.safetensors: adapter, format lora 1.0-draft\n"));
+    assert!(text.starts_with("native/plain.safetensors: adapter, format lora 1.0\n"));
 }
 
 #[test]

@@ -584,7 +584,7 @@ fn an_inspected_adapter() {
     scratch.cli(&["stamp", "lora", "--base", "base.safetensors", "-o", "own.safetensors"]).done();
     let ran = scratch.cli(&["inspect", "own.safetensors", "--json", "--verify"]);
     let adapter: InspectAdapter = report(&ran, 0);
-    assert_eq!((adapter.format.as_str(), adapter.version.as_deref()), ("lora", Some("1.0-draft")));
+    assert_eq!((adapter.format.as_str(), adapter.version.as_deref()), ("lora", Some("1.0")));
     assert!(adapter.base_fingerprint);
     let digest = adapter.digest.unwrap();
     assert!(digest.intact && digest.recorded == digest.actual);

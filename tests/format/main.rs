@@ -1,6 +1,6 @@
 //! lora-format on the fixtures: the native format, the container, PEFT, malformed input.
 //!
-//! Rule numbers (F1 to F30) are those of `docs/FORMAT.md`.
+//! Rule numbers (F1 to F53) are those of `docs/FORMAT.md`.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests fail as tests do")]
 
 mod bad;

@@ -7,10 +7,13 @@ use lora_format::checkpoint::Checkpoint;
 use lora_format::container::safetensors::SafetensorsFile;
 use lora_format::fingerprint::{self, Fingerprint, TargetSamples, Verdict};
 use lora_format::model::{
-    AdapterFormat, Component, Form, Layer, LowRank, Scaling, ScalingRule, Target,
+    AdapterFormat, Bounded, Butterfly, Candidate, Component, Cores, Decomposed, Experts, Form,
+    Gain, GainAxis, GainStored, Grid, Hadamard, Kronecker, KroneckerSide, Layer, LowRank,
+    Reflections, Rotation, Scaling, ScalingRule, Shared, SourceConfig, Sparse, Target, Tiled,
+    TiledRule, Tucker,
 };
 use lora_format::native::{self, DigestVerdict};
-use lora_format::{Adapter, Dtype, Error, Tensor};
+use lora_format::{Adapter, Dtype, Error, ReadOptions, Tensor};
 use lora_tests::fixture;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
@@ -37,52 +40,236 @@ fn digest(path: &Path) -> DigestVerdict {
     native::verify_digest(&SafetensorsFile::open(path).unwrap()).unwrap()
 }
 
+fn factor(tensor: &Tensor) -> Value {
+    let sha256: String =
+        Sha256::digest(tensor.bytes()).iter().map(|byte| format!("{byte:02x}")).collect();
+    json!({"dtype": tensor.dtype.name(), "shape": tensor.shape, "sha256": sha256})
+}
+
+/// The components of an adapter, as `scripts/lora_format.py` describes them: every fact, and every
+/// tensor.
+pub(crate) fn components_of(adapter: &Adapter) -> Vec<Value> {
+    let mut sorted: Vec<&Component> = adapter.components.iter().collect();
+    sorted.sort_by(|x, y| x.compare(y));
+    let mut shared = Vec::new();
+    sorted.into_iter().map(|component| describe_component(component, &mut shared)).collect()
+}
+
+fn describe_component(component: &Component, shared: &mut Vec<Value>) -> Value {
+    let Component { target, form } = component;
+    let mut found = json!({"module": target.module});
+    if target.parameter != "weight" {
+        found["parameter"] = target.parameter.as_str().into();
+    }
+    let of_form = match form {
+        Form::LowRank(factors) => describe_factors(factors),
+        Form::Decomposed(Decomposed { change, magnitude, axis }) => {
+            let name = if *axis == GainAxis::In { "in_magnitude" } else { "magnitude" };
+            match &**change {
+                Form::LowRank(factors) => {
+                    let mut of_form = describe_factors(factors);
+                    of_form[name] = factor(magnitude);
+                    of_form
+                }
+                change => {
+                    let mut of_form = describe_form(change, shared);
+                    of_form["tensors"][name] = factor(magnitude);
+                    of_form
+                }
+            }
+        }
+        Form::Replaced(value) => json!({"value": factor(value)}),
+        Form::Base(copy) => json!({"base": factor(copy)}),
+        Form::Rows { indices, rows } => json!({"indices": indices, "rows": factor(rows)}),
+        Form::Added { tensor, scale } => json!({"added": factor(tensor), "scale": scale}),
+        other => describe_form(other, shared),
+    };
+    found.as_object_mut().unwrap().extend(of_form.as_object().unwrap().clone());
+    found
+}
+
+fn describe_factors(factors: &LowRank) -> Value {
+    let mut of_form = json!({
+        "rank": factors.rank(), "alpha": factors.scaling.alpha,
+        "rule": factors.scaling.rule.name(), "scale": factors.scale(),
+        "a": factor(&factors.a), "b": factor(&factors.b),
+    });
+    match factors.layer {
+        Layer::Linear => {}
+        Layer::Convolution => of_form["layer"] = "convolution".into(),
+        Layer::Embedding => of_form["layer"] = "embedding".into(),
+        Layer::Merged => of_form["layer"] = "merged".into(),
+    }
+    let gains = [("rank_gain", &factors.rank_gain), ("magnitude", &factors.magnitude)];
+    for (name, gain) in gains {
+        if let Some(gain) = gain {
+            of_form[name] = factor(gain);
+        }
+    }
+    of_form
+}
+
+/// A form that has roles of its own: its name, its facts, its tensors.
+fn describe_form(form: &Form, shared: &mut Vec<Value>) -> Value {
+    let scaling = |scaling: &Scaling| json!({"alpha": scaling.alpha, "rule": scaling.rule.name()});
+    let cores = |cores: &Cores, [core, b, a]: [&str; 3]| {
+        let mut tensors = json!({b: factor(&cores.b), a: factor(&cores.a)});
+        if let Some(tensor) = &cores.core {
+            tensors[core] = factor(tensor);
+        }
+        tensors
+    };
+    let side = |side: &KroneckerSide, full: &str, product: [&str; 3]| match side {
+        KroneckerSide::Full(tensor) => json!({full: factor(tensor)}),
+        KroneckerSide::Product(factors) => cores(factors, product),
+    };
+    let both = |mut first: Value, second: Value| {
+        first.as_object_mut().unwrap().extend(second.as_object().unwrap().clone());
+        first
+    };
+    let pair = |a: &Tensor, b: &Tensor| json!({"A": factor(a), "B": factor(b)});
+    let (name, facts, tensors) = match form {
+        Form::Experts(it) => {
+            let candidate =
+                |it: &Candidate| json!({"scaling": scaling(&it.scaling), "rank": it.rank});
+            let candidates: Vec<Value> = it.candidates.iter().map(candidate).collect();
+            let name = format!("experts.{}", it.depth);
+            (name, json!({"candidates": candidates}), pair(&it.a, &it.b))
+        }
+        Form::Shared(it) => {
+            let factors = pair(&it.a, &it.b);
+            let number = shared.iter().position(|known| *known == factors).unwrap_or_else(|| {
+                shared.push(factors.clone());
+                shared.len() - 1
+            });
+            let gains = json!({"in_gain": factor(&it.in_gain), "out_gain": factor(&it.out_gain)});
+            ("shared".into(), json!({"factors": number}), both(factors, gains))
+        }
+        Form::Tucker(it) => {
+            let core = json!({"mid": factor(&it.core)});
+            (
+                "tucker".into(),
+                json!({"scaling": scaling(&it.scaling)}),
+                both(pair(&it.a, &it.b), core),
+            )
+        }
+        Form::Hadamard(it) => {
+            let tensors = both(
+                cores(&it.first, ["t1", "w1a", "w1b"]),
+                cores(&it.second, ["t2", "w2a", "w2b"]),
+            );
+            let facts = json!({"scaling": scaling(&it.scaling), "rank": it.rank});
+            ("hadamard".into(), facts, tensors)
+        }
+        Form::Kronecker(it) => {
+            let left = side(&it.left, "w1", ["t1", "w1a", "w1b"]);
+            let right = side(&it.right, "w2", ["t2", "w2a", "w2b"]);
+            let facts = json!({"scaling": scaling(&it.scaling), "rank": it.rank});
+            ("kronecker".into(), facts, both(left, right))
+        }
+        Form::Gain(it) => {
+            let axis = if it.axis == GainAxis::In { "in" } else { "out" };
+            let stored = if it.stored == GainStored::Whole { "whole" } else { "less-one" };
+            let facts = json!({"axis": axis, "stored": stored});
+            ("gain".into(), facts, json!({"gain": factor(&it.gain)}))
+        }
+        Form::Rotation(it) => {
+            let layer = match it.layer {
+                Layer::Linear => "linear",
+                Layer::Convolution => "convolution",
+                Layer::Embedding => "embedding",
+                Layer::Merged => "merged",
+            };
+            let mut facts = json!({"layer": layer});
+            if let Some(terms) = it.neumann_terms {
+                facts["neumann_terms"] = terms.into();
+            }
+            if let Some(radius) = it.radius {
+                facts["radius"] =
+                    if radius.fract() == 0.0 { (radius as i64).into() } else { radius.into() };
+            }
+            assert_eq!(it.block * (it.block - 1) / 2, it.generators.shape[1]);
+            ("rotation".into(), facts, json!({"generators": factor(&it.generators)}))
+        }
+        Form::Reflections(it) => {
+            let facts = json!({"orthogonal": it.orthogonal});
+            ("reflections".into(), facts, json!({"vectors": factor(&it.vectors)}))
+        }
+        Form::Butterfly(it) => {
+            let tensors = json!({"generators": factor(&it.generators), "gain": factor(&it.gain)});
+            ("butterfly".into(), json!({}), tensors)
+        }
+        Form::Tiled(it) => {
+            let role = if it.rule == TiledRule::Add { "block" } else { "bat" };
+            ("tiled".into(), json!({}), json!({role: factor(&it.block)}))
+        }
+        Form::Proportional(it) => {
+            let tensors = match it.layer {
+                Layer::Embedding => {
+                    json!({"embedding_A": factor(&it.a), "embedding_B": factor(&it.b)})
+                }
+                _ => pair(&it.a, &it.b),
+            };
+            assert_eq!(it.layer == Layer::Convolution, it.a.shape.len() > 2);
+            ("proportional".into(), json!({"scaling": scaling(&it.scaling)}), tensors)
+        }
+        Form::Sparse(it) => {
+            let tensors = json!({"values": factor(&it.values), "indices": factor(&it.indices)});
+            ("sparse".into(), json!({}), tensors)
+        }
+        Form::Circulant(kernels) => {
+            ("circulant".to_owned(), json!({}), json!({"kernels": factor(kernels)}))
+        }
+        Form::Bounded(it) => {
+            let rest = json!({"bound": factor(&it.bound), "norms": factor(&it.norms)});
+            ("bounded".into(), json!({}), both(pair(&it.a, &it.b), rest))
+        }
+        Form::Grid(it) => {
+            let facts = json!({"scaling": scaling(&it.scaling), "rank": it.rank});
+            ("grid".into(), facts, pair(&it.a, &it.b))
+        }
+        other => panic!("{other:?}"),
+    };
+    // As JSON has it, an integral alpha is an integer.
+    let facts = serde_json::from_str::<Value>(&integral(&facts)).unwrap();
+    json!({"form": name, "facts": facts, "tensors": tensors})
+}
+
+/// JSON whose integral numbers below 2⁵³ are integers (F14).
+fn integral(value: &Value) -> String {
+    match value {
+        Value::Object(members) => {
+            let members = members.iter().map(|(key, value)| format!("{key:?}:{}", integral(value)));
+            format!("{{{}}}", members.collect::<Vec<_>>().join(","))
+        }
+        Value::Array(values) => {
+            format!("[{}]", values.iter().map(integral).collect::<Vec<_>>().join(","))
+        }
+        Value::Number(number) => match number.as_f64() {
+            Some(value) if value.fract() == 0.0 && value.abs() < 2f64.powi(53) => {
+                if value == 0.0 && value.is_sign_negative() {
+                    "-0.0".to_owned()
+                } else {
+                    format!("{value:.0}")
+                }
+            }
+            _ => number.to_string(),
+        },
+        other => other.to_string(),
+    }
+}
+
 /// The description that `scripts/lora_format.py read` prints.
 pub(crate) fn describe(path: &Path) -> Value {
     let adapter = read(path).unwrap();
-    let factor = |tensor: &Tensor| {
-        let sha256: String =
-            Sha256::digest(tensor.bytes()).iter().map(|byte| format!("{byte:02x}")).collect();
-        json!({"dtype": tensor.dtype.name(), "shape": tensor.shape, "sha256": sha256})
-    };
-    let component = |component: &Component| {
-        let Component { target, form } = component;
-        let mut found = json!({"module": target.module});
-        if target.parameter != "weight" {
-            found["parameter"] = target.parameter.as_str().into();
-        }
-        let of_form = match form {
-            Form::LowRank(factors) => {
-                let mut of_form = json!({
-                    "rank": factors.rank(), "alpha": factors.scaling.alpha,
-                    "rule": factors.scaling.rule.name(), "scale": factors.scale(),
-                    "a": factor(&factors.a), "b": factor(&factors.b),
-                });
-                match factors.layer {
-                    Layer::Convolution => of_form["layer"] = "convolution".into(),
-                    Layer::Embedding => of_form["layer"] = "embedding".into(),
-                    _ => {}
-                }
-                if let Some(magnitude) = &factors.magnitude {
-                    of_form["magnitude"] = factor(magnitude);
-                }
-                of_form
-            }
-            Form::Replaced(value) => json!({"value": factor(value)}),
-            Form::Rows { indices, rows } => json!({"indices": indices, "rows": factor(rows)}),
-            Form::Added { tensor, scale } => json!({"added": factor(tensor), "scale": scale}),
-            other => panic!("{other:?}"),
-        };
-        found.as_object_mut().unwrap().extend(of_form.as_object().unwrap().clone());
-        found
-    };
     let (recorded, matches) = match digest(path) {
         DigestVerdict::Intact { digest } => (digest, true),
         DigestVerdict::Damaged { recorded, .. } => (recorded, false),
     };
     json!({
-        "modules": adapter.components.iter().map(component).collect::<Vec<_>>(),
+        "modules": components_of(&adapter),
         "fan_in_fan_out": adapter.fan_in_fan_out,
+        "names": adapter.names.map(AdapterFormat::name),
         "base": {
             "name": adapter.base.name, "revision": adapter.base.revision,
             "fingerprint": adapter.base.fingerprint.as_ref().map(describe_fingerprint),
@@ -123,7 +310,7 @@ fn base64(values: &[f32]) -> String {
     text
 }
 
-/// F3, F7 to F9, F12, F16, F17, F22 to F30: what is found is what the description says.
+/// F3, F7 to F9, F12, F15 to F17, F22 to F53: what is found is what the description says.
 #[test]
 fn every_vector_is_read_as_described() {
     for path in vectors() {
@@ -134,7 +321,7 @@ fn every_vector_is_read_as_described() {
     }
 }
 
-/// F3 to F5, F13, F14, F22: rewritten, every vector gives the same bytes.
+/// F3 to F5, F13, F14, F22, F32, F33, F51: rewritten, every vector gives the same bytes.
 #[test]
 fn every_vector_is_rewritten_to_the_same_bytes() {
     let scratch = tempfile::tempdir().unwrap();
@@ -146,7 +333,7 @@ fn every_vector_is_rewritten_to_the_same_bytes() {
     }
 }
 
-/// F4, F13, F18, F21: files that we would have written otherwise become what we would have written.
+/// F4, F13, F18, F20, F21, F32, F33, F51: files that we would have written otherwise become what we would have written.
 #[test]
 fn foreign_files_are_rewritten_as_ours() {
     let table = std::fs::read_to_string(fixture("native/README.md")).unwrap();
@@ -292,38 +479,218 @@ fn tensor(random: &mut Random, dtype: Dtype, shape: &[usize]) -> Tensor {
 fn random_form(random: &mut Random, scaling: Scaling) -> Form {
     let [rank, inputs, outputs] = [(); 3].map(|()| 1 + random.below(5));
     let float = *random.pick(&[Dtype::F32, Dtype::F16, Dtype::Bf16]);
-    match random.below(6) {
-        0 => Form::Replaced({
+    match random.below(10) {
+        kind @ (0 | 1) => {
             let dtypes: Vec<Dtype> = Dtype::all().filter(|dtype| dtype.bits() >= 8).collect();
             let shape: Vec<usize> = (0..random.below(5)).map(|_| random.below(4)).collect();
             let dtype = *random.pick(&dtypes);
-            tensor(random, dtype, &shape)
-        }),
-        1 => {
+            let whole = tensor(random, dtype, &shape);
+            if kind == 0 { Form::Replaced(whole) } else { Form::Base(whole) }
+        }
+        2 => {
             let mut indices: Vec<u64> = (0..outputs).map(|_| random.next() >> 1).collect();
             indices.sort_unstable();
             indices.dedup();
             let shape = [indices.len(), inputs];
             Form::Rows { indices, rows: tensor(random, float, &shape) }
         }
-        2 => Form::Added {
+        3 => Form::Added {
             tensor: tensor(random, float, &[outputs, inputs]),
             scale: random.next() as i64 as f64 / 3.0,
         },
-        kind => {
+        kind @ 4..8 => {
             let (mut a, mut b) = (vec![rank, inputs], vec![outputs, rank]);
-            if kind == 3 {
-                let dimensions = 1 + random.below(3);
-                a.extend((0..dimensions).map(|_| 1 + random.below(3)));
+            let layer =
+                [Layer::Convolution, Layer::Embedding, Layer::Linear, Layer::Merged][kind - 4];
+            match layer {
+                Layer::Convolution => {
+                    a.extend(kernel(random, 1));
+                    b.resize(a.len(), 1);
+                }
+                Layer::Merged => {
+                    let groups = 1 + random.below(3);
+                    (a[0], b[0]) = (a[0] * groups, b[0] * groups);
+                }
+                _ => {}
+            }
+            let [a, b] = [a, b].map(|shape| tensor(random, float, &shape));
+            if layer == Layer::Merged {
+                return Form::LowRank(LowRank { layer, ..LowRank::linear(a, b, scaling) });
+            }
+            let dora = random.below(2) == 0;
+            let out = b.shape[0];
+            let magnitude = dora.then(|| tensor(random, float, &[out]));
+            let rank_gain = (random.below(3) == 0).then(|| tensor(random, float, &[rank]));
+            let low_rank =
+                LowRank { layer, rank_gain, magnitude, ..LowRank::linear(a, b, scaling) };
+            if low_rank.magnitude.is_none() && random.below(2) == 0 {
+                let inputs = low_rank.a.shape[1];
+                let magnitude = tensor(random, float, &[inputs]);
+                let change = Box::new(Form::LowRank(low_rank));
+                return Form::Decomposed(Decomposed { change, magnitude, axis: GainAxis::In });
+            }
+            Form::LowRank(low_rank)
+        }
+        _ => {
+            let kind = random.below(FORMS);
+            let change = form_of_roles(random, kind, scaling, float);
+            if random.below(4) > 0 {
+                return change;
+            }
+            let axis = *random.pick(&[GainAxis::In, GainAxis::Out]);
+            let magnitude = tensor(random, float, &[outputs]);
+            Form::Decomposed(Decomposed { change: Box::new(change), magnitude, axis })
+        }
+    }
+}
+
+/// At least so many lengths of a kernel, at most three.
+fn kernel(random: &mut Random, least: usize) -> Vec<usize> {
+    (0..least + random.below(4 - least)).map(|_| 1 + random.below(3)).collect()
+}
+
+/// How many forms have roles of their own, but for experts.
+const FORMS: usize = 14;
+
+/// A change of one of them.
+fn form_of_roles(random: &mut Random, kind: usize, scaling: Scaling, float: Dtype) -> Form {
+    let [rank, inputs, outputs, b, k] = [(); 5].map(|()| 1 + random.below(4));
+    let divisor = 1 + random.below(30);
+    let mut make = |shape: &[usize]| tensor(random, float, shape);
+    match kind {
+        0 => Form::Bounded(Bounded {
+            a: make(&[rank, inputs]),
+            b: make(&[outputs, rank]),
+            bound: make(&[1]),
+            norms: make(&[inputs]),
+        }),
+        1 => Form::Butterfly(Butterfly {
+            generators: make(&[k, rank, b, b]),
+            gain: make(if rank == 1 { &[1, 5] } else { &[5, 1] }),
+        }),
+        2 => Form::Circulant(make(&[outputs, inputs, b])),
+        3 => Form::Gain(Gain {
+            gain: make(if rank == 1 { &[1, 5, 1] } else { &[5, 1] }),
+            axis: *random.pick(&[GainAxis::In, GainAxis::Out]),
+            stored: *random.pick(&[GainStored::Whole, GainStored::LessOne]),
+        }),
+        4 => Form::Grid(Grid {
+            a: make(&[k, inputs, k * rank]),
+            b: make(&[k, k * rank, outputs]),
+            scaling,
+            rank: divisor,
+        }),
+        5 => {
+            let kernel = (k > 2).then(|| kernel(random, 1));
+            let first = cores(random, float, [outputs, inputs, rank], kernel.as_deref());
+            let second = cores(random, float, [outputs, inputs, b], kernel.as_deref());
+            Form::Hadamard(Hadamard { first, second, scaling, rank: divisor })
+        }
+        6 => {
+            let left = random_side(random, float, false);
+            let right = random_side(random, float, true);
+            Form::Kronecker(Kronecker { left, right, scaling, rank: divisor })
+        }
+        7 => {
+            let layer = *random.pick(&[Layer::Linear, Layer::Convolution, Layer::Embedding]);
+            let (mut a, mut b) = (vec![rank, inputs], vec![outputs, rank]);
+            if layer == Layer::Convolution {
+                a.extend(kernel(random, 1));
                 b.resize(a.len(), 1);
             }
             let [a, b] = [a, b].map(|shape| tensor(random, float, &shape));
-            let layer = [Layer::Convolution, Layer::Embedding, Layer::Linear][kind - 3];
-            let dora = kind == 5 || random.below(2) == 0;
-            let magnitude = dora.then(|| tensor(random, float, &[outputs]));
-            Form::LowRank(LowRank { layer, magnitude, ..LowRank::linear(a, b, scaling) })
+            Form::Proportional(LowRank { layer, ..LowRank::linear(a, b, scaling) })
+        }
+        8 => Form::Reflections(Reflections {
+            vectors: make(&[inputs, rank]),
+            orthogonal: random.below(2) == 0,
+        }),
+        9 => Form::Rotation(Rotation {
+            generators: make(&[k, b * (b - 1) / 2]),
+            block: b,
+            layer: *random.pick(&[Layer::Linear, Layer::Convolution, Layer::Embedding]),
+            neumann_terms: *random.pick(&[None, Some(0), Some(5)]),
+            radius: *random.pick(&[None, Some(6e-5), Some(3.0), Some(0.0)]),
+        }),
+        10 => {
+            // Some of them shared with others.
+            let mut seeded = Random(b as u64);
+            let [a, b] = [[2, 9], [9, 2]].map(|shape| tensor(&mut seeded, Dtype::F16, &shape));
+            let (in_gain, out_gain) = (make(&[2]), make(&[outputs]));
+            Form::Shared(Shared { a, b, in_gain, out_gain })
+        }
+        11 => {
+            let count = rank - 1;
+            let values = make(&[count]);
+            let dtype = *random.pick(&[Dtype::I32, Dtype::I64]);
+            Form::Sparse(Sparse { indices: tensor(random, dtype, &[2, count]), values })
+        }
+        12 => {
+            let rule = *random.pick(&[TiledRule::Add, TiledRule::Bat]);
+            let shape =
+                if rule == TiledRule::Add { vec![rank, outputs] } else { vec![k, rank, rank] };
+            Form::Tiled(Tiled { block: tensor(random, float, &shape), rule })
+        }
+        _ => {
+            let ones = [1, 1].iter().take(k % 3);
+            let core: Vec<usize> = [b, rank].into_iter().chain(kernel(random, 1)).collect();
+            let shape = |lengths: [usize; 2]| lengths.iter().chain(ones.clone()).copied().collect();
+            let [a, b]: [Vec<usize>; 2] = [shape([rank, inputs]), shape([outputs, b])];
+            let [a, b, core] = [a, b, core].map(|shape| tensor(random, float, &shape));
+            Form::Tucker(Tucker { a, b, core, scaling })
         }
     }
+}
+
+fn cores(
+    random: &mut Random,
+    float: Dtype,
+    [outputs, inputs, rank]: [usize; 3],
+    kernel: Option<&[usize]>,
+) -> Cores {
+    let a = tensor(random, float, &[rank, inputs]);
+    let Some(kernel) = kernel else {
+        return Cores { b: tensor(random, float, &[outputs, rank]), a, core: None };
+    };
+    let other = 1 + random.below(3);
+    let core = [&[other, rank], kernel].concat();
+    Cores {
+        b: tensor(random, float, &[other, outputs]),
+        a,
+        core: Some(tensor(random, float, &core)),
+    }
+}
+
+/// A side of a Kronecker product; C has no kernel.
+fn random_side(random: &mut Random, float: Dtype, with_kernel: bool) -> KroneckerSide {
+    let [rows, columns, rank] = [(); 3].map(|()| 1 + random.below(3));
+    if random.below(2) == 0 {
+        let kernel = if with_kernel { kernel(random, 0) } else { Vec::new() };
+        let shape = [&[rows, columns], &*kernel].concat();
+        return KroneckerSide::Full(tensor(random, float, &shape));
+    }
+    let kernel = (with_kernel && random.below(2) == 0).then(|| kernel(random, 1));
+    KroneckerSide::Product(cores(random, float, [rows, columns, rank], kernel.as_deref()))
+}
+
+/// Nested factors of bare parameters.
+fn random_experts(random: &mut Random, module: &str, scaling: Scaling) -> Vec<Component> {
+    let names: Vec<&str> = ["gate_up", "down", "x"].into_iter().take(1 + random.below(3)).collect();
+    let target = Target { module: module.to_owned(), parameter: names.join("|") };
+    let depths = 0..1 + random.below(2);
+    let experts = |depth| {
+        let candidate = |name: &&str| {
+            let rank = 1 + random.below(3);
+            Candidate { parameter: (*name).to_owned(), scaling, rank }
+        };
+        let candidates = names.iter().map(candidate).collect();
+        let [a, b] = [[6, 2], [3, 6]].map(|shape| tensor(random, Dtype::F16, &shape));
+        Component {
+            target: target.clone(),
+            form: Form::Experts(Experts { a, b, depth, candidates }),
+        }
+    };
+    depths.map(experts).collect()
 }
 
 /// An adapter of anything that the format can say.
@@ -339,24 +706,36 @@ pub(crate) fn random_adapter(random: &mut Random) -> Adapter {
         })
         .map(|alpha| if alpha.is_nan() { 0.1 } else { alpha })
         .collect();
-    let components = (0..1 + random.below(9)).map(|index| {
+    let mut components = Vec::new();
+    for index in 0..1 + random.below(9) {
         let [rank, inputs, outputs] = [(); 3].map(|()| 1 + random.below(5));
         let scaling = Scaling { alpha: *random.pick(&alphas), rule: *random.pick(&RULES) };
+        let module = format!("{}{index}", random.text(6));
         if random.below(2) == 0 {
-            let target = Target {
-                module: format!("{}{index}", random.text(6)),
-                parameter: (*random.pick(&["weight", "bias", "in_proj_weight"])).to_owned(),
-            };
-            return Component { target, form: random_form(random, scaling) };
+            let parameter = (*random.pick(&["weight", "bias", "in_proj_weight"])).to_owned();
+            let target = Target { module, parameter };
+            let form = random_form(random, scaling);
+            if matches!(form, Form::Grid(_)) {
+                // Its hybrid part.
+                let [a, b] =
+                    [[rank, inputs], [outputs, rank]].map(|it| tensor(random, Dtype::F32, &it));
+                let form = Form::LowRank(LowRank::linear(a, b, Scaling::of_rank(3)));
+                components.push(Component { target: target.clone(), form });
+            }
+            components.push(Component { target, form });
+        } else if random.below(8) == 0 {
+            components.extend(random_experts(random, &module, scaling));
+        } else {
+            let factors = [[rank, inputs], [outputs, rank]].map(|shape| {
+                let dtype = *random.pick(&[Dtype::F32, Dtype::F16, Dtype::Bf16]);
+                let bytes = random.bytes(dtype.tensor_bytes(&shape).unwrap() as usize);
+                (dtype, shape.to_vec(), bytes)
+            });
+            components.push(component(module, factors, scaling));
         }
-        let factors = [[rank, inputs], [outputs, rank]].map(|shape| {
-            let dtype = *random.pick(&[Dtype::F32, Dtype::F16, Dtype::Bf16]);
-            let bytes = random.bytes(dtype.tensor_bytes(&shape).unwrap() as usize);
-            (dtype, shape.to_vec(), bytes)
-        });
-        component(format!("{}{index}", random.text(6)), factors, scaling)
-    });
-    let mut made = adapter(components.collect());
+    }
+    let mut made = adapter(components);
+    made.names = *random.pick(&[None, Some(AdapterFormat::Kohya), Some(AdapterFormat::Comfy)]);
     let metadata: std::collections::BTreeMap<String, String> =
         (0..random.below(4)).map(|_| (random.text(5), random.text(8))).collect();
     made.metadata = metadata.into_iter().collect();
@@ -373,17 +752,137 @@ pub(crate) fn random_adapter(random: &mut Random) -> Adapter {
     made
 }
 
-/// F5: written, read and written again, any adapter is the same.
+/// F5: written, read and written again, any adapter is the same, in every fact and every byte.
 #[test]
 fn random_adapters_survive() {
     let scratch = tempfile::tempdir().unwrap();
     let mut random = Random(1);
-    for round in 0..200 {
+    let mut seen = std::collections::BTreeSet::new();
+    for round in 0..400 {
         let adapter = random_adapter(&mut random);
         let path = scratch.path().join(format!("{round}.safetensors"));
         write(&adapter, &path);
-        assert!(encoded(&read(&path).unwrap()) == encoded(&adapter), "round {round}");
+        let found = read(&path).unwrap();
+        assert_eq!(components_of(&found), components_of(&adapter), "round {round}");
+        assert_eq!(found.names, adapter.names);
+        assert!(encoded(&found) == encoded(&adapter), "round {round}");
+        let config = SafetensorsFile::open(&path).unwrap();
+        let config = config.header().metadata_value(native::CONFIG_KEY).unwrap().to_owned();
+        let config: Value = serde_json::from_str(&config).unwrap();
+        let required = config["requires"].as_array().unwrap().iter();
+        seen.extend(required.map(|feature| feature.as_str().unwrap().to_owned()));
     }
+    assert!(seen.iter().eq(native::FEATURES), "{seen:?}");
+}
+
+/// Every adapter of every method of PEFT and of loralib that is read is held without loss.
+#[test]
+fn adapters_of_every_method_survive() {
+    let scratch = tempfile::tempdir().unwrap();
+    let mut seen = std::collections::BTreeSet::new();
+    let mut count = 0;
+    for case in entries(&fixture("features"), "").iter().filter(|it| it.join("case.json").exists())
+    {
+        let described = std::fs::read(case.join("case.json")).unwrap();
+        let described: Value = serde_json::from_slice(&described).unwrap();
+        let given = &described["options"];
+        let groups = given["enable_lora"].as_array();
+        let options = ReadOptions {
+            alpha: given["alpha"].as_f64(),
+            enable_lora: groups.map(|groups| groups.iter().map(|it| it == true).collect()),
+            ..ReadOptions::default()
+        };
+        let without_groups = ReadOptions { enable_lora: None, ..options.clone() };
+        for adapter in described["adapters"].as_array().unwrap() {
+            let path = case.join(adapter["path"].as_str().unwrap());
+            let given_later = options.clone();
+            for options in [&options, &without_groups] {
+                let Ok(adapter) = lora_format::read(&path, options) else { continue };
+                let copy = scratch.path().join(format!("{count}"));
+                write(&adapter, &copy);
+                let found = read(&copy).unwrap();
+                assert_eq!(components_of(&found), components_of(&adapter), "{}", name(case));
+                assert_eq!(found.source, adapter.source);
+                assert_eq!(found.metadata.len(), adapter.metadata.len());
+                assert!(encoded(&found) == encoded(&adapter), "{}", name(case));
+                if options.enable_lora.is_none() && groups.is_some() {
+                    // What the user says of fused projections can be said later.
+                    let whole = lora_format::read(&path, &given_later).unwrap();
+                    let later = ReadOptions { alpha: None, ..given_later.clone() };
+                    let found = lora_format::read(&copy, &later).unwrap();
+                    assert_eq!(components_of(&found), components_of(&whole), "{}", name(case));
+                }
+                seen.extend(adapter.components.iter().map(|it| it.form.method()));
+                count += 1;
+            }
+        }
+    }
+    assert!(count > 250, "{count}");
+    let methods = [
+        "AdaLoRA",
+        "BOFT",
+        "C3A",
+        "DeLoRA",
+        "DoRA",
+        "GraLoRA",
+        "HRA",
+        "HiRA",
+        "IA³",
+        "LoHa",
+        "LoKr",
+        "LoRA",
+        "MiSS",
+        "OFT",
+        "SHiRA",
+        "VeRA",
+        "added",
+        "base copy",
+        "replaced",
+        "token rows",
+    ];
+    assert!(seen.iter().eq(&methods), "{seen:?}");
+}
+
+/// F53: a file of an image model keeps the spelling of its modules, and says so.
+#[test]
+fn the_naming_of_a_file_of_an_image_model_survives() {
+    let scratch = tempfile::tempdir().unwrap();
+    let shapes: [(&str, &[usize]); 13] = [
+        ("lora_unet_a.hada_w1_a", &[4, 2]),
+        ("lora_unet_a.hada_w1_b", &[2, 3]),
+        ("lora_unet_a.hada_w2_a", &[4, 2]),
+        ("lora_unet_a.hada_w2_b", &[2, 3]),
+        ("lora_unet_a.dora_scale", &[1, 3]),
+        ("lora_unet_b.lora_down.weight", &[2, 3, 1, 1]),
+        ("lora_unet_b.lora_mid.weight", &[2, 2, 3, 3]),
+        ("lora_unet_b.lora_up.weight", &[4, 2, 1, 1]),
+        ("lora_unet_c.weight", &[1, 3]),
+        ("lora_unet_c.on_input", &[]),
+        ("lora_unet_d.lora_down.weight", &[2, 3]),
+        ("lora_unet_d.lora_up.weight", &[4, 2]),
+        ("lora_unet_d.dora_scale", &[1, 3]),
+    ];
+    let (mut header, mut data) = (serde_json::Map::new(), Vec::new());
+    let mut random = Random(3);
+    for (name, shape) in shapes {
+        let made = tensor(&mut random, Dtype::F32, shape);
+        let offsets = [data.len(), data.len() + made.bytes().len()];
+        let entry = json!({"dtype": "F32", "shape": shape, "data_offsets": offsets});
+        header.insert(name.to_owned(), entry);
+        data.extend_from_slice(made.bytes());
+    }
+    let header = Value::from(header).to_string();
+    let length = (header.len() as u64).to_le_bytes();
+    let path = scratch.path().join("image.safetensors");
+    std::fs::write(&path, [&length, header.as_bytes(), &data].concat()).unwrap();
+
+    let adapter = read(&path).unwrap();
+    let copy = scratch.path().join("copy.safetensors");
+    write(&adapter, &copy);
+    let found = read(&copy).unwrap();
+    assert_eq!((adapter.names, found.names), (Some(adapter.format), Some(AdapterFormat::Kohya)));
+    assert_eq!(components_of(&found), components_of(&adapter));
+    assert_eq!(found.components.len(), 4);
 }
 
 /// F9: an alpha that no F32 can hold is refused when it is written, not when it is read.
@@ -417,28 +916,54 @@ fn what_the_format_cannot_hold_is_refused() {
         let Form::LowRank(factors) = component.form.clone() else { panic!() };
         factors
     };
-    let gain = |component: &mut Component| {
-        let mut factors = factors(component);
-        factors.rank_gain = Some(factors.b.clone());
-        component.form = Form::LowRank(factors);
+    let decomposed = |change: Form| {
+        let magnitude = plain.tensors().next().unwrap().clone();
+        Form::Decomposed(Decomposed { change: Box::new(change), magnitude, axis: GainAxis::In })
     };
-    let merged = |component: &mut Component| {
-        let factors = LowRank { layer: Layer::Merged, ..factors(component) };
-        component.form = Form::LowRank(factors);
+    let twice = |component: &mut Component| {
+        component.form = decomposed(decomposed(component.form.clone()));
     };
-    let copy = |component: &mut Component| component.form = Form::Base(factors(component).a);
+    let whole = |component: &mut Component| {
+        component.form = decomposed(Form::Replaced(factors(component).a));
+    };
+    let proportional = |component: &mut Component| {
+        let a = factors(component).a;
+        component.form = Form::Proportional(LowRank { magnitude: Some(a), ..factors(component) });
+    };
+    let turned = |component: &mut Component| {
+        let (generators, layer) = (factors(component).a, Layer::Merged);
+        let (block, neumann_terms, radius) = (3, None, None);
+        component.form =
+            Form::Rotation(Rotation { generators, block, layer, neumann_terms, radius });
+    };
     let nameless = |component: &mut Component| component.target.module = String::new();
     let torn = |component: &mut Component| {
         component.target.parameter = "a.b".into();
         component.form = Form::Replaced(factors(component).a);
     };
-    for change in [&gain as &dyn Fn(&mut Component), &merged, &copy, &nameless, &torn] {
+    let fused = |component: &mut Component| {
+        let (layer, rank_gain) = (Layer::Merged, Some(factors(component).a));
+        component.form = Form::LowRank(LowRank { layer, rank_gain, ..factors(component) });
+    };
+    let changes: [&dyn Fn(&mut Component); 7] =
+        [&twice, &whole, &proportional, &turned, &fused, &nameless, &torn];
+    for change in changes {
         let (inexpressible, message) = refused(change);
         assert!(inexpressible, "{message}");
     }
+    // What a reader would refuse (F15, F53).
+    let mut named = plain.clone();
+    named.names = Some(AdapterFormat::Peft);
+    let error = native::encode(&named).unwrap_err();
+    assert!(matches!(error, Error::Inexpressible { .. }), "{error}");
+    let mut recorded = plain.clone();
+    let config = serde_json::Map::new();
+    recorded.source = Some(SourceConfig { format: AdapterFormat::Loralib, config });
+    let error = native::encode(&recorded).unwrap_err();
+    assert!(matches!(error, Error::Inexpressible { .. }), "{error}");
 }
 
-/// F7, F24 to F30: what could not be read again is not written.
+/// F7, F24 to F52: what could not be read again is not written.
 #[test]
 fn components_that_are_none_are_not_written() {
     let plain = read(&fixture("native/plain.safetensors")).unwrap();
@@ -485,6 +1010,45 @@ fn components_that_are_none_are_not_written() {
         (
             vec![rows(&[3, 4]), with(&|_| {})],
             "`m.weight`: token rows and LoRA cannot both act on it",
+        ),
+        (
+            vec![Form::Rotation(Rotation {
+                generators: a.clone(),
+                block: 4,
+                layer: Layer::Linear,
+                neumann_terms: None,
+                radius: None,
+            })],
+            "`m.weight.lora:rotation.generators`: shape [2, 3]; its rows are the elements above a \
+             block's diagonal",
+        ),
+        (
+            vec![Form::Tucker(Tucker {
+                a: a.clone(),
+                b: b.clone(),
+                core: a.clone(),
+                scaling: factors.scaling,
+            })],
+            "`m.weight.lora:tucker.mid`: shape [2, 3]; beside the form's other tensors it must be \
+             q × r × kernel",
+        ),
+        (
+            vec![Form::Grid(Grid {
+                a: Tensor::new(String::new(), Dtype::F32, vec![1, 1, 1], vec![0; 4]).unwrap(),
+                b: Tensor::new(String::new(), Dtype::F32, vec![1, 1, 1], vec![0; 4]).unwrap(),
+                scaling: Scaling { alpha: f64::NAN, ..factors.scaling },
+                rank: 1,
+            })],
+            "`m.weight`: the scale NaN is not a finite number",
+        ),
+        (
+            vec![Form::Experts(Experts {
+                a: a.clone(),
+                b: b.clone(),
+                depth: 0,
+                candidates: Vec::new(),
+            })],
+            "`m.weight`: 0 candidates for the parameters that its name lists",
         ),
         (
             vec![Form::Replaced(a.clone()), Form::Replaced(b.clone())],

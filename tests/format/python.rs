@@ -43,7 +43,7 @@ fn documents(output: &Output) -> Vec<Value> {
     values.unwrap_or_else(|error| panic!("{error}: {}", String::from_utf8_lossy(&output.stderr)))
 }
 
-/// F3 to F23: both find the same in every vector.
+/// F3 to F53: both find the same in every vector.
 #[test]
 fn both_read_the_vectors_alike() {
     let Some(output) = python(vectors(), "read") else { return };

@@ -96,6 +96,7 @@ pub(super) fn read(file: TensorFile, options: &ReadOptions) -> Result<Adapter> {
         components,
         base: BaseIdentity { name: None, revision: None, fingerprint: None },
         fan_in_fan_out: None,
+        names: None,
         metadata,
         source: None,
         extensions: Map::new(),
@@ -236,6 +237,37 @@ fn low_rank(
             .ok(),
         None => Some(low_rank),
     }
+}
+
+/// Makes linear changes of the fused projections of an adapter in our own format, on the user's
+/// word which groups they are.
+///
+/// # Errors
+/// [`Error::Meaningless`] if it has none, [`Error::Adapter`] if the groups do not fit.
+pub(super) fn enable(adapter: &mut Adapter, groups: &[bool]) -> Result<()> {
+    let mut expansions = Expansions::of(adapter);
+    let mut problems = Vec::new();
+    let mut found = false;
+    for Component { target, form } in &mut adapter.components {
+        let Form::LowRank(stored) = form else { continue };
+        if stored.layer != Layer::Merged {
+            continue;
+        }
+        found = true;
+        let stored_groups = fused_groups(&stored.a, &stored.b).unwrap_or(1);
+        match merged(stored, groups, &mut expansions) {
+            Ok(linear) => *stored = linear,
+            Err(problem) => {
+                problems.push(group_problem(&target.module, stored_groups, groups, problem));
+            }
+        }
+    }
+    let path = adapter.path.clone();
+    if !found {
+        let (option, reason) = ("enable_lora", "it has no fused projections");
+        return Err(Error::Meaningless { path, option, reason });
+    }
+    if problems.is_empty() { Ok(()) } else { Err(Error::Adapter { path, problems }) }
 }
 
 fn group_problem(

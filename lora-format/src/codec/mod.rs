@@ -90,8 +90,11 @@ pub fn read(path: &Path, options: &ReadOptions) -> Result<Adapter> {
     if Container::of(&opened)? == Container::Safetensors {
         let file = SafetensorsFile::of(opened)?;
         if native::is_native(file.header()) {
-            let adapter = native::read(&file)?;
+            let mut adapter = native::read(&file)?;
             refuse_options(path, options)?;
+            if let Some(groups) = &options.enable_lora {
+                loralib::enable(&mut adapter, groups)?;
+            }
             return Ok(adapter);
         }
         return read_tensors(TensorFile::of_safetensors(&file)?, options);
@@ -133,7 +136,7 @@ fn read_tensors(file: TensorFile, options: &ReadOptions) -> Result<Adapter> {
     Err(Error::Unrecognised { path: file.path, problem })
 }
 
-/// Our own format leaves nothing open that the user could say.
+/// Our own format leaves nothing open that the user could say, but for fused projections.
 fn refuse_options(path: &Path, options: &ReadOptions) -> Result<()> {
     let (option, reason) = if options.alpha.is_some() {
         ("alpha", "the file records its own")
@@ -141,8 +144,6 @@ fn refuse_options(path: &Path, options: &ReadOptions) -> Result<()> {
         ("field to ignore", "a file of this format has no unknown fields to pass over")
     } else if options.residual_base {
         ("residual base", "the file records no initialisation")
-    } else if options.enable_lora.is_some() {
-        ("enable_lora", "only loralib has fused projections")
     } else {
         return Ok(());
     };

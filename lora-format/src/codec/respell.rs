@@ -51,9 +51,10 @@ pub fn respell(
     options: &WriteOptions,
 ) -> Result<(Adapter, Written)> {
     let Some(naming) = naming_of(format) else { return Ok((adapter.clone(), Written::default())) };
-    let spelled = naming_of(adapter.format).is_some() && adapter.format != AdapterFormat::Peft;
-    if adapter.format == format || (!spelled && naming == Naming::Peft) {
-        return Ok((adapter.clone(), Written::default()));
+    let names = (format != AdapterFormat::Peft).then_some(format);
+    let same = || Ok((Adapter { names, ..adapter.clone() }, Written::default()));
+    if adapter.names == names {
+        return same();
     }
     let names_problem = |problems: Vec<String>| Error::Names {
         path: adapter.path.clone(),
@@ -63,15 +64,15 @@ pub fn respell(
     let (catalogue, from) =
         architecture(adapter, base).map_err(|text| names_problem(vec![text]))?;
     if from == naming {
-        return Ok((adapter.clone(), Written::default()));
+        return same();
     }
-    let names = catalogue.names(from);
+    let meanings = catalogue.names(from);
     let mut problems = Vec::new();
     let mut respelled = Respelled { written: Written::default(), parts: BTreeMap::new() };
     let mut components = Vec::new();
     for component in &adapter.components {
         let module = &component.target.module;
-        let pieces = names.resolve(module).map_err(|problem| problem.to_string());
+        let pieces = meanings.resolve(module).map_err(|problem| problem.to_string());
         let pieces = pieces.and_then(|resolved| pieces_of(&catalogue, resolved, naming, module));
         match pieces {
             Ok(pieces) => match respelled.component(component, &pieces) {
@@ -92,7 +93,7 @@ pub fn respell(
         return Err(names_problem(problems));
     }
     components.sort_by(Component::compare);
-    Ok((Adapter { components, ..adapter.clone() }, written))
+    Ok((Adapter { components, names, ..adapter.clone() }, written))
 }
 
 /// The architecture of an adapter and how its modules are spelled.
@@ -357,7 +358,8 @@ mod tests {
         };
         let base = BaseIdentity { name: None, revision: None, fingerprint: None };
         let components = modules.into_iter().map(component).collect();
-        Adapter { format, ..Adapter::new("adapter", components, base) }
+        let names = Some(format);
+        Adapter { format, names, ..Adapter::new("adapter", components, base) }
     }
 
     /// Without these, Qwen-Image has all modules of Flux.1 that the tests name.

@@ -15,8 +15,12 @@ pub(super) struct Config {
     pub scaling: Option<ScalingConfig>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub overrides: Vec<Override>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub forms: Vec<FormGroup>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fan_in_fan_out: Option<bool>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub names: Option<String>,
     #[serde(default, skip_serializing_if = "BaseConfig::is_empty")]
     pub base: BaseConfig,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -39,6 +43,16 @@ pub(super) struct ScalingConfig {
 pub(super) struct Override {
     pub scaling: ScalingConfig,
     pub modules: Vec<String>,
+}
+
+/// What the tensors of a form do not say: of all components of that form, or of those named.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct FormGroup {
+    pub form: String,
+    pub facts: Map<String, Value>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub modules: Option<Vec<String>>,
 }
 
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -84,12 +98,17 @@ pub(super) struct SourceField {
 
 /// An integral number is written as one: `16`, not `16.0`.
 fn number<S: serde::Serializer>(value: &f64, serializer: S) -> Result<S::Ok, S::Error> {
+    number_value(*value).serialize(serializer)
+}
+
+/// The same as a value; one that JSON cannot hold is `null`.
+pub(super) fn number_value(value: f64) -> Value {
     /// Below this, every integral f64 is an integer that JSON readers hold exactly.
     const EXACT: f64 = 9_007_199_254_740_992.0;
-    let negative_zero = *value == 0.0 && value.is_sign_negative();
+    let negative_zero = value == 0.0 && value.is_sign_negative();
     if value.fract() == 0.0 && value.abs() < EXACT && !negative_zero {
-        serializer.serialize_i64(*value as i64)
+        Value::from(value as i64)
     } else {
-        serializer.serialize_f64(*value)
+        Value::from(value)
     }
 }

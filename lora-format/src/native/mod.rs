@@ -7,7 +7,9 @@
 
 mod components;
 mod config;
+mod forms;
 mod reader;
+mod shapes;
 mod validate;
 mod writer;
 
@@ -17,7 +19,33 @@ pub use writer::{FORMAT, check, encode, write};
 /// The metadata key that holds the configuration.
 pub const CONFIG_KEY: &str = "lora_format";
 /// The version this program writes.
-pub const VERSION: &str = "1.0-draft";
+pub const VERSION: &str = "1.0";
 /// The features a reader of this version knows, sorted; a file that requires another is refused.
-pub const FEATURES: [&str; 7] =
-    ["add", "convolution", "embedding", "low-rank", "magnitude", "replace", "replace-rows"];
+pub const FEATURES: [&str; 26] = [
+    "add",
+    "base",
+    "bounded",
+    "butterfly",
+    "circulant",
+    "convolution",
+    "embedding",
+    "experts",
+    "gain",
+    "grid",
+    "hadamard",
+    "in-magnitude",
+    "kronecker",
+    "low-rank",
+    "magnitude",
+    "merged",
+    "proportional",
+    "rank-gain",
+    "reflections",
+    "replace",
+    "replace-rows",
+    "rotation",
+    "shared",
+    "sparse",
+    "tiled",
+    "tucker",
+];

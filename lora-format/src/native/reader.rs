@@ -1,7 +1,7 @@
 //! File → [`Adapter`]. Every tensor and every module the configuration names must be accounted
 //! for, and the `.alpha` tensors must agree with the configuration.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 
 use base64::Engine as _;
@@ -9,11 +9,11 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-use super::components::{self, Role};
+use super::components::{self, Factored, Role};
 use super::config::{Config, FingerprintConfig, ScalingConfig};
+use super::forms::{self, Facts, Label, Roles};
 use super::writer::{hexadecimal, naive_alpha};
-use super::{CONFIG_KEY, FEATURES, validate};
-use crate::codec::peft;
+use super::{CONFIG_KEY, FEATURES, shapes, validate};
 use crate::container::safetensors::{Header, SafetensorsFile};
 use crate::dtype::Dtype;
 use crate::error::{AdapterProblem, DetectProblem, Error, Result, Shape, Unsupported};
@@ -22,8 +22,8 @@ use crate::fingerprint::{self, BaseIdentity, Fingerprint, TargetSamples};
 use crate::json;
 use crate::limits;
 use crate::model::{
-    Adapter, AdapterFormat, Component, Form, Layer, LowRank, Scaling, ScalingRule, SourceConfig,
-    Target,
+    Adapter, AdapterFormat, Component, Decomposed, Form, GainAxis, Layer, LowRank, Scaling,
+    ScalingRule, SourceConfig, Target,
 };
 use crate::tensor::{self, Tensor};
 
@@ -51,9 +51,15 @@ pub fn read(file: &SafetensorsFile) -> Result<Adapter> {
         }
     }
 
+    let facts = facts(path, &config)?;
     let mut problems = Vec::new();
     let mut targets: BTreeMap<Target, Parts> = BTreeMap::new();
+    let mut shared: BTreeMap<usize, Roles> = BTreeMap::new();
     for tensor in tensor::map_all(file)? {
+        if let Some((number, factor)) = components::shared_factor(&tensor.name) {
+            shared.entry(number).or_default().insert(factor, tensor);
+            continue;
+        }
         match Role::of(&tensor.name) {
             Some((target, role)) => drop(targets.entry(target).or_default().insert(role, tensor)),
             None => problems.push(AdapterProblem::UnusedTensor { tensor: tensor.name }),
@@ -61,17 +67,15 @@ pub fn read(file: &SafetensorsFile) -> Result<Adapter> {
     }
     let scaled = targets.values().any(|parts| parts.keys().any(|role| role.is_factor()));
     let default = default_scaling(path, &config, scaled)?;
-    let mut reader = Reader { default, overrides, components: Vec::new(), problems };
+    let (components, used) = (Vec::new(), BTreeSet::new());
+    let mut reader = Reader { default, overrides, facts, shared, used, components, problems };
     for (target, parts) in targets {
         reader.build(&target, parts);
     }
-    let mut unknown: Vec<String> = reader.overrides.into_keys().collect();
-    unknown.sort_unstable();
-    let unknown = unknown.into_iter().map(|module| AdapterProblem::MissingModule { module });
-    let (mut components, mut problems) = (reader.components, reader.problems);
-    problems.extend(unknown);
+    let mut components = reader.finish(path)?;
     components.sort_by(Component::compare);
-    problems.extend(components::clashes(&components));
+    let sorted: Vec<&Component> = components.iter().collect();
+    let problems = components::clashes(&sorted);
     if !problems.is_empty() {
         return Err(Error::Adapter { path: path.to_owned(), problems });
     }
@@ -79,7 +83,7 @@ pub fn read(file: &SafetensorsFile) -> Result<Adapter> {
         let problem = DetectProblem::NotAnAdapter { tensors: 0, first: None };
         return Err(Error::Unrecognised { path: path.to_owned(), problem });
     }
-    check_used(path, &config, &components)?;
+    check_used(path, &config, &sorted)?;
 
     let own = ["format", CONFIG_KEY];
     let metadata = &file.header().metadata;
@@ -96,10 +100,14 @@ pub fn read(file: &SafetensorsFile) -> Result<Adapter> {
             },
         },
         fan_in_fan_out: config.fan_in_fan_out,
+        names: match config.names {
+            Some(name) => Some(naming(path, &name)?),
+            None => None,
+        },
         metadata: metadata.iter().filter(|entry| !own.contains(&&*entry.0)).cloned().collect(),
         source: match config.source {
             Some(source) => Some(SourceConfig {
-                format: peft::format_named(path, &source.format)?,
+                format: configured(path, &source.format)?,
                 config: source.config,
             }),
             None => None,
@@ -118,16 +126,30 @@ struct Reader {
     default: Scaling,
     /// Those of the others, by what overrides call them; what is left names nothing.
     overrides: HashMap<String, Scaling>,
+    facts: BTreeMap<Label, FormFacts>,
+    /// The factors that components share, by number.
+    shared: BTreeMap<usize, Roles>,
+    /// Which of them a component used.
+    used: BTreeSet<usize>,
     components: Vec<Component>,
     problems: Vec<AdapterProblem>,
+}
+
+/// What the configuration says of the components of one form.
+#[derive(Default)]
+struct FormFacts {
+    /// Of those that no group names.
+    default: Option<Facts>,
+    /// Of the others, by what groups call them; what is left names nothing.
+    named: HashMap<String, Facts>,
+    /// Whether there is any component.
+    used: bool,
 }
 
 impl Reader {
     /// The components of one target.
     fn build(&mut self, target: &Target, mut parts: Parts) {
-        for [a, b] in
-            [[Role::PlainA, Role::PlainB], [Role::A, Role::B], [Role::EmbeddingA, Role::EmbeddingB]]
-        {
+        for [a, b] in Role::FACTORS {
             if parts.contains_key(&a) || parts.contains_key(&b) {
                 self.low_rank(target, [a, b], &mut parts);
             }
@@ -135,48 +157,130 @@ impl Reader {
         if let Some(tensor) = parts.remove(&Role::Value) {
             self.push(target, Form::Replaced(tensor));
         }
+        if let Some(tensor) = parts.remove(&Role::Base) {
+            self.push(target, Form::Base(tensor));
+        }
         if let Some((rows, indices)) = self.pair(target, [Role::Rows, Role::Indices], &mut parts) {
             self.rows(target, rows, &indices);
         }
         if let Some((tensor, scale)) = self.pair(target, [Role::Added, Role::Scale], &mut parts) {
             self.added(target, tensor, scale);
         }
-        parts.into_values().for_each(|tensor| self.unused(tensor));
+        let mut forms: BTreeMap<Label, Roles> = BTreeMap::new();
+        for (role, tensor) in parts {
+            match role {
+                Role::Of(label, role) => {
+                    drop(forms.entry(label).or_default().insert(role, tensor));
+                }
+                _ => self.unused(tensor),
+            }
+        }
+        for (label, roles) in forms {
+            self.form(target, label, roles);
+        }
+    }
+
+    /// A change by a form that has roles of its own.
+    fn form(&mut self, target: &Target, label: Label, mut roles: Roles) {
+        let facts = match self.facts.get_mut(&label) {
+            Some(known) => {
+                known.used = true;
+                known.named.remove(&components::short_name(target)).or(known.default.clone())
+            }
+            None => (!forms::has_facts(label.form)).then(Facts::default),
+        };
+        let parameter = target.name();
+        let Some(facts) = facts else {
+            let what = "facts of its form";
+            self.problems.push(AdapterProblem::NoFacts { parameter, what });
+            return;
+        };
+        if let Some(number) = facts.factors {
+            let Some(factors) = self.shared.get(&number) else {
+                let what = "factors of the number that its facts give";
+                self.problems.push(AdapterProblem::NoFacts { parameter, what });
+                return;
+            };
+            roles.extend(factors.iter().map(|(&factor, tensor)| (factor, tensor.clone())));
+            self.used.insert(number);
+        }
+        let name = |role: &str| components::form_tensor(target, label, facts.factors, role);
+        let tensors: Vec<_> = roles.iter().map(|(&role, tensor)| (role, tensor)).collect();
+        let mut problems = shapes::check(&parameter, label.form, &tensors, &name);
+        if problems.is_empty()
+            && let Some(form) = forms::put_together(target, label, roles, &facts)
+        {
+            problems.extend(forms::check(target, &form, &name));
+            self.push(target, form);
+        }
+        self.problems.extend(problems);
+    }
+
+    /// The components, if the configuration and the file name nothing else.
+    fn finish(mut self, path: &Path) -> Result<Vec<Component>> {
+        let mut unknown: Vec<String> = self.overrides.into_keys().collect();
+        for (label, facts) in self.facts {
+            if !facts.used {
+                let expected = "groups of forms that the file has";
+                return Err(Error::config(path, "forms", expected, &label.text().into()));
+            }
+            unknown.extend(facts.named.into_keys());
+        }
+        unknown.sort_unstable();
+        let unknown = unknown.into_iter().map(|module| AdapterProblem::MissingModule { module });
+        self.problems.extend(unknown);
+        self.shared.retain(|number, _| !self.used.contains(number));
+        let unused = self.shared.into_values().flat_map(Roles::into_values);
+        self.problems
+            .extend(unused.map(|tensor| AdapterProblem::UnusedTensor { tensor: tensor.name }));
+        if self.problems.is_empty() {
+            return Ok(self.components);
+        }
+        Err(Error::Adapter { path: path.to_owned(), problems: self.problems })
     }
 
     fn low_rank(&mut self, target: &Target, [a, b]: [Role; 2], parts: &mut Parts) {
         let found = FactorTensors { a: parts.remove(&a), b: parts.remove(&b) };
         let layer = match &found.a {
             _ if a == Role::EmbeddingA => Layer::Embedding,
+            _ if a == Role::MergedA => Layer::Merged,
             Some(a) => components::layer_of(a),
             None => Layer::Linear,
         };
         let is_plain = a == Role::PlainA;
-        let (alpha, magnitude) = if is_plain {
-            (parts.remove(&Role::Alpha), None)
-        } else {
-            (None, parts.remove(&Role::Magnitude))
-        };
-        let name = components::scaling_key(target);
+        let is_bare = is_plain || layer == Layer::Merged;
+        let mut take = |role| if is_bare { None } else { parts.remove(&role) };
+        let rank_gain = take(Role::RankGain);
+        let (magnitude, in_magnitude) = (take(Role::Magnitude), take(Role::InMagnitude));
+        let name = components::short_name(target);
         let scaling = self.overrides.remove(&name).unwrap_or(self.default);
         let names = (a.name(target), b.name(target));
         let built = factors::of_layer(&name, layer, found, names, scaling, &mut self.problems);
         let Some(mut low_rank) = built else { return };
         if is_plain {
+            let alpha = parts.remove(&Role::Alpha);
             check_alpha(target, alpha, &low_rank, &mut self.problems);
         }
-        if let Some(magnitude) = &magnitude {
-            let out = low_rank.out_features();
-            self.problems.extend(validate::magnitude(&magnitude.name, magnitude, out));
-        }
-        low_rank.magnitude = magnitude;
-        if components::factor_roles(target, &low_rank) != [a, b] {
+        low_rank.rank_gain = rank_gain;
+        let form = decomposed(low_rank, magnitude, in_magnitude);
+        let Some(factored) = form.as_ref().and_then(Factored::of) else {
+            let (first, second) = (Role::Magnitude.name(target), Role::InMagnitude.name(target));
+            self.problems.push(AdapterProblem::DuplicateFactor { first, second });
+            return;
+        };
+        let gains = factored.gains();
+        let problems = gains
+            .filter_map(|(role, gain)| validate::gain(role, &gain.name, gain, factored.low_rank));
+        self.problems.extend(problems);
+        if factored.roles(target) != [a, b] {
             // F10: these names are for what other loaders must not apply.
-            let tensor = low_rank.a.name;
+            let tensor = a.name(target);
             self.problems.push(AdapterProblem::NeedlessName { tensor });
             return;
         }
-        self.push(target, Form::LowRank(low_rank));
+        if let Some(form) = form {
+            self.push(target, form);
+        }
     }
 
     fn rows(&mut self, target: &Target, rows: Tensor, indices: &Tensor) {
@@ -238,8 +342,68 @@ impl Reader {
     }
 }
 
+/// A low-rank change with its magnitudes, of which it may have one.
+fn decomposed(
+    mut low_rank: LowRank,
+    magnitude: Option<Tensor>,
+    in_magnitude: Option<Tensor>,
+) -> Option<Form> {
+    match (magnitude, in_magnitude) {
+        (Some(_), Some(_)) => None,
+        (None, Some(magnitude)) => {
+            let change = Box::new(Form::LowRank(low_rank));
+            Some(Form::Decomposed(Decomposed { change, magnitude, axis: GainAxis::In }))
+        }
+        (magnitude, None) => {
+            low_rank.magnitude = magnitude;
+            Some(Form::LowRank(low_rank))
+        }
+    }
+}
+
+/// What the configuration says of forms (F32).
+fn facts(path: &Path, config: &Config) -> Result<BTreeMap<Label, FormFacts>> {
+    let wrong = |expected, found: &str| Error::config(path, "forms", expected, &found.into());
+    let mut all: BTreeMap<Label, FormFacts> = BTreeMap::new();
+    for group in &config.forms {
+        let label = Label::of(&group.form).filter(|label| forms::has_facts(label.form));
+        let label = label.ok_or_else(|| wrong("groups of forms that have facts", &group.form))?;
+        let facts = Facts::of(path, label, &group.facts)?;
+        let known = all.entry(label).or_default();
+        let Some(modules) = &group.modules else {
+            if known.default.replace(facts).is_some() {
+                return Err(wrong("one group without modules for each form", &group.form));
+            }
+            continue;
+        };
+        for module in modules {
+            if known.named.insert(module.clone(), facts.clone()).is_some() {
+                return Err(wrong("one group per form for each module", module));
+            }
+        }
+    }
+    match all.iter().find(|known| known.1.default.is_none()) {
+        Some((label, _)) => Err(wrong("one group without modules for each form", &label.text())),
+        None => Ok(all),
+    }
+}
+
+/// The format whose spelling modules have (F53).
+fn naming(path: &Path, name: &str) -> Result<AdapterFormat> {
+    let known = AdapterFormat::from_name(name).filter(|format| format.has_naming());
+    let expected = "a format that spells modules in its own way, such as `kohya`";
+    known.ok_or_else(|| Error::config(path, "names", expected, &name.into()))
+}
+
+/// The format that the adapter first came from (F15).
+fn configured(path: &Path, name: &str) -> Result<AdapterFormat> {
+    let known = AdapterFormat::from_name(name).filter(|format| format.has_configuration());
+    let expected = "a format that has a configuration, such as `peft`";
+    known.ok_or_else(|| Error::config(path, "source.format", expected, &name.into()))
+}
+
 /// The file must require exactly what it uses (F20).
-fn check_used(path: &Path, config: &Config, components: &[Component]) -> Result<()> {
+fn check_used(path: &Path, config: &Config, components: &[&Component]) -> Result<()> {
     let used = components::features(components);
     if config.requires.iter().eq(used.iter()) {
         return Ok(());

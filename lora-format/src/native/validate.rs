@@ -1,7 +1,9 @@
 //! What the tensors of components without factors must be: the same for what is read and for what
 //! is to be written.
 
+use super::components::Role;
 use crate::error::{AdapterProblem, Shape};
+use crate::model::LowRank;
 use crate::tensor::Tensor;
 
 fn shape(name: &str, tensor: &Tensor, expected: &'static str) -> AdapterProblem {
@@ -22,10 +24,23 @@ pub(super) fn layer(name: &str, a: &Tensor) -> Option<AdapterProblem> {
     Some(shape(name, a, expected))
 }
 
-/// DoRA's m (F26).
-pub(super) fn magnitude(name: &str, tensor: &Tensor, out: usize) -> Option<AdapterProblem> {
-    let expected = "a magnitude is one value per output feature";
-    float(name, tensor).or_else(|| (tensor.shape != [out]).then(|| shape(name, tensor, expected)))
+/// A vector beside the factors of a low-rank change (F26, F34, F36).
+pub(super) fn gain(
+    role: Role,
+    name: &str,
+    tensor: &Tensor,
+    low_rank: &LowRank,
+) -> Option<AdapterProblem> {
+    let (length, expected) = match role {
+        Role::RankGain => (Some(low_rank.rank()), "a gain is one value per rank"),
+        Role::InMagnitude => (
+            low_rank.a.shape.get(1).copied(),
+            "a magnitude of inputs is one value per input feature",
+        ),
+        _ => (Some(low_rank.out_features()), "a magnitude is one value per output feature"),
+    };
+    let fits = || matches!(*tensor.shape, [found] if Some(found) == length);
+    float(name, tensor).or_else(|| (!fits()).then(|| shape(name, tensor, expected)))
 }
 
 /// Rows of a parameter (F28).

@@ -6,13 +6,16 @@ use std::path::Path;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
+use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
-use super::components::{self, Role};
+use super::components::{self, Factored, Role};
 use super::config::{
-    BaseConfig, Config, FingerprintConfig, Override, ScalingConfig, SourceField, TargetConfig,
+    BaseConfig, Config, FingerprintConfig, FormGroup, Override, ScalingConfig, SourceField,
+    TargetConfig,
 };
-use super::{CONFIG_KEY, VERSION, validate};
+use super::forms::{self, Parts, SHARED};
+use super::{CONFIG_KEY, VERSION, shapes, validate};
 use crate::container::safetensors::{Declared, encode_header, storage_order};
 use crate::dtype::Dtype;
 use crate::error::{AdapterProblem, Error, Result};
@@ -23,7 +26,7 @@ use crate::model::{Adapter, Component, Form, Layer, LowRank, Scaling, Target};
 use crate::tensor::Tensor;
 
 /// This format, as messages name it.
-pub const FORMAT: &str = "format version 1.0-draft";
+pub const FORMAT: &str = "format version 1.0";
 
 /// Writes an adapter as one file, complete or not at all.
 ///
@@ -77,7 +80,7 @@ impl<'a> OutputTensor<'a> {
 /// As [`write()`], less the file system's.
 pub fn encode(adapter: &Adapter) -> Result<(Vec<u8>, Vec<OutputTensor<'_>>)> {
     let sound = sound(adapter)?;
-    let tensors = lay_out(adapter);
+    let tensors = lay_out(&sound);
     let mut digest = Sha256::new();
     for tensor in &tensors {
         digest.update(tensor.bytes());
@@ -108,8 +111,53 @@ pub fn check(adapter: &Adapter) -> Result<()> {
     sound(adapter).map(drop)
 }
 
-/// The components, sorted, if the format can hold them all.
-fn sound(adapter: &Adapter) -> Result<Vec<Component>> {
+/// What is to be written.
+struct Sound<'a> {
+    /// The components, sorted.
+    components: Vec<&'a Component>,
+    /// The pairs of factors that components share, each once, in the order of the components.
+    shared: Vec<[&'a Tensor; 2]>,
+}
+
+impl<'a> Sound<'a> {
+    fn of(adapter: &'a Adapter) -> Sound<'a> {
+        let mut components: Vec<&Component> = adapter.components.iter().collect();
+        components.sort_by(|x, y| x.compare(y));
+        let mut shared = Vec::new();
+        for pair in components.iter().filter_map(|component| shared_pair(&component.form)) {
+            if !shared.iter().any(|known| same_pair(*known, pair)) {
+                shared.push(pair);
+            }
+        }
+        Sound { components, shared }
+    }
+
+    /// The number of the factors that a component shares.
+    fn factors(&self, form: &Form) -> Option<usize> {
+        let pair = shared_pair(form)?;
+        self.shared.iter().position(|known| same_pair(*known, pair))
+    }
+}
+
+/// The factors of VeRA, which components share.
+fn shared_pair(form: &Form) -> Option<[&Tensor; 2]> {
+    match form {
+        Form::Shared(form) => Some([&form.a, &form.b]),
+        Form::Decomposed(form) => shared_pair(&form.change),
+        _ => None,
+    }
+}
+
+fn same_pair(first: [&Tensor; 2], second: [&Tensor; 2]) -> bool {
+    let same = |x: &Tensor, y: &Tensor| {
+        (x.dtype, &x.shape) == (y.dtype, &y.shape)
+            && (std::ptr::eq(x.bytes(), y.bytes()) || x.bytes() == y.bytes())
+    };
+    same(first[0], second[0]) && same(first[1], second[1])
+}
+
+/// The components, if the format can hold them all.
+fn sound(adapter: &Adapter) -> Result<Sound<'_>> {
     let refuse = |what| Error::Inexpressible { path: adapter.path.clone(), format: FORMAT, what };
     if adapter.components.is_empty() {
         return Err(refuse("an adapter without components".to_owned()));
@@ -119,12 +167,19 @@ fn sound(adapter: &Adapter) -> Result<Vec<Component>> {
     {
         return Err(refuse(format!("a change of `{}` by {}", target.name(), form.method())));
     }
-    let mut sorted = adapter.components.clone();
-    sorted.sort_by(Component::compare);
-    let mut problems = components::clashes(&sorted);
-    for Component { target, form } in &sorted {
+    if let Some(format) = adapter.names.filter(|format| !format.has_naming()) {
+        return Err(refuse(format!(
+            "names as those of {format}, which spells none in its own way"
+        )));
+    }
+    let source = adapter.source.as_ref().map(|source| source.format);
+    if let Some(format) = source.filter(|format| !format.has_configuration()) {
+        return Err(refuse(format!("a configuration of {format}, which has none")));
+    }
+    let sound = Sound::of(adapter);
+    let mut problems = components::clashes(&sound.components);
+    for Component { target, form } in sound.components.iter().copied() {
         match form {
-            Form::LowRank(low_rank) => check_low_rank(target, low_rank, &mut problems),
             Form::Rows { indices, rows } => {
                 let name = Role::Rows.name(target);
                 problems.extend(validate::rows(&name, rows));
@@ -135,27 +190,39 @@ fn sound(adapter: &Adapter) -> Result<Vec<Component>> {
                 problems.extend(validate::float(&Role::Added.name(target), tensor));
                 problems.extend(validate::scale(&target.name(), *scale));
             }
-            _ => {}
+            form => match Factored::of(form) {
+                Some(factored) => check_low_rank(target, factored, &mut problems),
+                None => problems.extend(check_form(target, form, sound.factors(form))),
+            },
         }
     }
     if problems.is_empty() {
-        Ok(sorted)
+        Ok(sound)
     } else {
         Err(Error::Adapter { path: adapter.path.clone(), problems })
     }
 }
 
-fn check_low_rank(target: &Target, low_rank: &LowRank, problems: &mut Vec<AdapterProblem>) {
-    let [a, b] = components::factor_roles(target, low_rank);
-    let [a, b] = [a.name(target), b.name(target)];
+/// What is wrong with a form that has roles of its own.
+fn check_form(target: &Target, form: &Form, factors: Option<usize>) -> Vec<AdapterProblem> {
+    let Some(parts) = forms::take_apart(form) else { return Vec::new() };
+    let name = |role: &str| components::form_tensor(target, parts.label, factors, role);
+    let problems = shapes::check(&target.name(), parts.label.form, &parts.tensors, &name);
+    if problems.is_empty() { forms::check(target, form, &name) } else { problems }
+}
+
+fn check_low_rank(target: &Target, factored: Factored<'_>, problems: &mut Vec<AdapterProblem>) {
+    let low_rank = factored.low_rank;
+    let [a, b] = factored.roles(target).map(|role| role.name(target));
     let named = |tensor: &Tensor, name: &String| {
         let mut tensor = tensor.clone();
         tensor.name.clone_from(name);
         Some(tensor)
     };
     let factors = FactorTensors { a: named(&low_rank.a, &a), b: named(&low_rank.b, &b) };
-    let (module, scaling) = (components::scaling_key(target), low_rank.scaling);
-    if low_rank.layer != Layer::Embedding && components::layer_of(&low_rank.a) != low_rank.layer {
+    let (module, scaling) = (components::short_name(target), low_rank.scaling);
+    let told = matches!(low_rank.layer, Layer::Embedding | Layer::Merged);
+    if !told && components::layer_of(&low_rank.a) != low_rank.layer {
         problems.extend(validate::layer(&a, &low_rank.a));
         return;
     }
@@ -164,59 +231,69 @@ fn check_low_rank(target: &Target, low_rank: &LowRank, problems: &mut Vec<Adapte
     if built.is_none() {
         return;
     }
-    if let Some(magnitude) = &low_rank.magnitude {
-        let name = Role::Magnitude.name(target);
-        problems.extend(validate::magnitude(&name, magnitude, low_rank.out_features()));
+    for (role, gain) in factored.gains() {
+        problems.extend(validate::gain(role, &role.name(target), gain, low_rank));
     }
-    if components::is_plain(target, low_rank)
-        && !naive_alpha(low_rank.scaling, low_rank.rank()).is_finite()
-    {
+    if factored.is_plain(target) && !naive_alpha(scaling, low_rank.rank()).is_finite() {
         let value = low_rank.scale() * low_rank.rank() as f64;
         problems.push(AdapterProblem::AlphaRange { module, value });
     }
 }
 
 /// The tensors of every component, in storage order.
-fn lay_out(adapter: &Adapter) -> Vec<OutputTensor<'_>> {
-    let mut tensors = Vec::with_capacity(adapter.components.len() * 3);
-    for Component { target, form } in &adapter.components {
-        match form {
-            Form::LowRank(low_rank) => {
-                let [a, b] = components::factor_roles(target, low_rank);
-                tensors.push(OutputTensor::of(a.name(target), &low_rank.a));
-                tensors.push(OutputTensor::of(b.name(target), &low_rank.b));
-                tensors.extend(
-                    low_rank
-                        .magnitude
-                        .as_ref()
-                        .map(|magnitude| OutputTensor::of(Role::Magnitude.name(target), magnitude)),
-                );
-                if components::is_plain(target, low_rank) {
-                    let alpha = naive_alpha(low_rank.scaling, low_rank.rank());
+fn lay_out<'a>(sound: &Sound<'a>) -> Vec<OutputTensor<'a>> {
+    let mut tensors = Vec::with_capacity(sound.components.len() * 3);
+    for (number, pair) in sound.shared.iter().enumerate() {
+        for (factor, tensor) in ["A", "B"].into_iter().zip(pair) {
+            tensors.push(OutputTensor::of(components::shared_name(number, factor), tensor));
+        }
+    }
+    for Component { target, form } in sound.components.iter().copied() {
+        lay_out_component(target, form, &mut tensors);
+    }
+    tensors.sort_by(|x, y| storage_order((x.dtype, &x.name), (y.dtype, &y.name)));
+    tensors
+}
+
+fn lay_out_component<'a>(target: &Target, form: &'a Form, tensors: &mut Vec<OutputTensor<'a>>) {
+    let mut of = |role: Role, tensor| tensors.push(OutputTensor::of(role.name(target), tensor));
+    match form {
+        Form::Replaced(tensor) => of(Role::Value, tensor),
+        Form::Base(tensor) => of(Role::Base, tensor),
+        Form::Rows { indices, rows } => {
+            of(Role::Rows, rows);
+            let bytes: Vec<u8> = indices.iter().flat_map(|it| it.to_le_bytes()).collect();
+            let (name, shape) = (Role::Indices.name(target), vec![indices.len()]);
+            tensors.push(OutputTensor::made(name, Dtype::I64, shape, bytes));
+        }
+        Form::Added { tensor, scale } => {
+            of(Role::Added, tensor);
+            let (name, bytes) = (Role::Scale.name(target), scale.to_le_bytes().to_vec());
+            tensors.push(OutputTensor::made(name, Dtype::F64, Vec::new(), bytes));
+        }
+        form => match (Factored::of(form), forms::take_apart(form)) {
+            (Some(factored), _) => {
+                let [a, b] = factored.roles(target);
+                of(a, &factored.low_rank.a);
+                of(b, &factored.low_rank.b);
+                factored.gains().for_each(|(role, gain)| of(role, gain));
+                if factored.is_plain(target) {
+                    let LowRank { scaling, .. } = *factored.low_rank;
+                    let alpha = naive_alpha(scaling, factored.low_rank.rank());
                     let (name, bytes) = (Role::Alpha.name(target), alpha.to_le_bytes().to_vec());
                     tensors.push(OutputTensor::made(name, Dtype::F32, Vec::new(), bytes));
                 }
             }
-            Form::Replaced(tensor) => {
-                tensors.push(OutputTensor::of(Role::Value.name(target), tensor));
-            }
-            Form::Rows { indices, rows } => {
-                tensors.push(OutputTensor::of(Role::Rows.name(target), rows));
-                let bytes: Vec<u8> = indices.iter().flat_map(|it| it.to_le_bytes()).collect();
-                let (name, shape) = (Role::Indices.name(target), vec![indices.len()]);
-                tensors.push(OutputTensor::made(name, Dtype::I64, shape, bytes));
-            }
-            Form::Added { tensor, scale } => {
-                tensors.push(OutputTensor::of(Role::Added.name(target), tensor));
-                let (name, bytes) = (Role::Scale.name(target), scale.to_le_bytes().to_vec());
-                tensors.push(OutputTensor::made(name, Dtype::F64, Vec::new(), bytes));
+            (None, Some(parts)) => {
+                let is_shared = |role| parts.label.form == SHARED && matches!(role, "A" | "B");
+                for (role, tensor) in parts.tensors.iter().filter(|entry| !is_shared(entry.0)) {
+                    of(Role::Of(parts.label, role), tensor);
+                }
             }
             // Refused before.
-            _ => {}
-        }
+            (None, None) => {}
+        },
     }
-    tensors.sort_by(|x, y| storage_order((x.dtype, &x.name), (y.dtype, &y.name)));
-    tensors
 }
 
 /// The value of the `.alpha` tensor: what a loader that computes `alpha / rank` must find.
@@ -224,30 +301,17 @@ pub(super) fn naive_alpha(scaling: Scaling, rank: usize) -> f32 {
     (scaling.scale(rank) * rank as f64) as f32
 }
 
-fn describe(adapter: &Adapter, sound: &[Component], digest: &str) -> Result<Config> {
-    let mut groups: BTreeMap<(&str, u64), (Scaling, Vec<String>)> = BTreeMap::new();
-    for Component { target, form } in sound {
-        let Form::LowRank(LowRank { scaling, .. }) = form else { continue };
-        let key = (scaling.rule.name(), scaling.alpha.to_bits());
-        let group = groups.entry(key).or_insert_with(|| (*scaling, Vec::new()));
-        group.1.push(components::scaling_key(target));
-    }
-    // The commonest scaling is the file's default; of equals, the first in key order.
-    let largest = groups.values().map(|group| group.1.len()).max();
-    let default =
-        groups.iter().find(|entry| Some(entry.1.1.len()) == largest).map(|entry| *entry.0);
-    let default = default.and_then(|key| groups.remove(&key));
-    let overrides = groups.into_values().map(|(scaling, mut modules)| {
-        modules.sort();
-        Override { scaling: scaling_config(scaling), modules }
-    });
+fn describe(adapter: &Adapter, sound: &Sound<'_>, digest: &str) -> Result<Config> {
+    let (scaling, overrides) = scalings(sound);
     Ok(Config {
         version: VERSION.to_owned(),
-        requires: components::features(sound).into_iter().map(str::to_owned).collect(),
+        requires: components::features(&sound.components).into_iter().map(str::to_owned).collect(),
         digest: format!("sha256:{digest}"),
-        scaling: default.map(|group| scaling_config(group.0)),
-        overrides: overrides.collect(),
+        scaling,
+        overrides,
+        forms: form_groups(sound),
         fan_in_fan_out: adapter.fan_in_fan_out,
+        names: adapter.names.map(|format| format.name().to_owned()),
         base: base_config(adapter)?,
         source: adapter.source.as_ref().map(|source| SourceField {
             format: source.format.name().to_owned(),
@@ -255,6 +319,64 @@ fn describe(adapter: &Adapter, sound: &[Component], digest: &str) -> Result<Conf
         }),
         extensions: adapter.extensions.clone(),
     })
+}
+
+/// Members of equal value, and the names of those that have it.
+type Groups<K, V> = BTreeMap<K, (V, Vec<String>)>;
+
+/// Takes out the commonest group; of equals, the first.
+fn take_commonest<K: Ord + Clone, V>(groups: &mut Groups<K, V>) -> Option<V> {
+    let largest = groups.values().map(|group| group.1.len()).max()?;
+    let key = groups.iter().find(|entry| entry.1.1.len() == largest)?.0.clone();
+    groups.remove(&key).map(|group| group.0)
+}
+
+/// The default scaling, and the overrides (F13).
+fn scalings(sound: &Sound<'_>) -> (Option<ScalingConfig>, Vec<Override>) {
+    let mut groups: Groups<(&str, u64), Scaling> = BTreeMap::new();
+    for Component { target, form } in sound.components.iter().copied() {
+        let Some(Factored { low_rank, .. }) = Factored::of(form) else { continue };
+        let scaling = low_rank.scaling;
+        let key = (scaling.rule.name(), scaling.alpha.to_bits());
+        let group = groups.entry(key).or_insert_with(|| (scaling, Vec::new()));
+        group.1.push(components::short_name(target));
+    }
+    let default = take_commonest(&mut groups).map(scaling_config);
+    let overrides = groups.into_values().map(|(scaling, mut modules)| {
+        modules.sort();
+        Override { scaling: scaling_config(scaling), modules }
+    });
+    (default, overrides.collect())
+}
+
+/// What tensors do not say, form by form: of most of its components, then of the others (F32).
+fn form_groups(sound: &Sound<'_>) -> Vec<FormGroup> {
+    let mut forms: BTreeMap<String, Groups<String, Map<String, Value>>> = BTreeMap::new();
+    for Component { target, form } in sound.components.iter().copied() {
+        let None = Factored::of(form) else { continue };
+        let Some(Parts { label, mut facts, .. }) = forms::take_apart(form) else { continue };
+        if let Some(number) = sound.factors(form) {
+            facts.insert("factors".to_owned(), number.into());
+        }
+        if !forms::has_facts(label.form) {
+            continue;
+        }
+        let groups = forms.entry(label.text()).or_default();
+        let key = Value::from(facts.clone()).to_string();
+        let group = groups.entry(key).or_insert_with(|| (facts, Vec::new()));
+        group.1.push(components::short_name(target));
+    }
+    let mut described = Vec::new();
+    for (form, mut groups) in forms {
+        let default = take_commonest(&mut groups);
+        let group = |facts, modules| FormGroup { form: form.clone(), facts, modules };
+        described.extend(default.map(|facts| group(facts, None)));
+        described.extend(groups.into_values().map(|(facts, mut modules)| {
+            modules.sort();
+            group(facts, Some(modules))
+        }));
+    }
+    described
 }
 
 fn scaling_config(scaling: Scaling) -> ScalingConfig {

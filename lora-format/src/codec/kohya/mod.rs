@@ -114,6 +114,7 @@ pub(super) fn read(file: TensorFile, options: &ReadOptions) -> Result<Adapter> {
         base: BaseIdentity { name: None, revision: None, fingerprint: None },
         // None of these models has a Conv1D.
         fan_in_fan_out: Some(false),
+        names: Some(format),
         metadata,
         source: source.map(|config| SourceConfig { format: AdapterFormat::Diffusers, config }),
         extensions: Map::new(),

@@ -144,6 +144,7 @@ pub(super) fn read_file(
         components,
         base: recorded_base(&fields),
         fan_in_fan_out: fields.get("fan_in_fan_out").and_then(Value::as_bool),
+        names: None,
         metadata,
         source,
         extensions: Map::new(),
@@ -199,14 +200,6 @@ fn recorded_base(fields: &Map<String, Value>) -> BaseIdentity {
         revision: text("revision"),
         fingerprint: None,
     }
-}
-
-/// The format that a native file's `source` names.
-pub(crate) fn format_named(path: &Path, name: &str) -> Result<AdapterFormat> {
-    if name == AdapterFormat::Peft.name() {
-        return Ok(AdapterFormat::Peft);
-    }
-    Err(Error::config(path, "source.format", "`peft`", &Value::from(name)))
 }
 
 /// Files of a PEFT directory that are not part of the adapter.
