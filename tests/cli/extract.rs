@@ -5,7 +5,7 @@ use std::path::Path;
 use lora_format::Dtype;
 use serde_json::Value;
 
-use crate::support::{Prng, Tensor, read_tensors, write_tensors};
+use crate::support::{Prng, Tensor, fixtures, read_tensors, write_tensors};
 use crate::{Ran, Scratch, peft, text};
 
 /// A base of two layers with norms, biases and an embedding, and a fine-tune of which the matrices
@@ -97,6 +97,72 @@ impl Pair {
 
 fn number(value: &Value) -> f64 {
     value.as_f64().unwrap()
+}
+
+/// Two models of one matrix each, 320 × 300: beyond the sizes that the Gram matrix is taken for. The
+/// fine-tune has `rank` components more, each weaker than the one before by `falls`.
+fn large(rank: usize, falls: f64) -> Scratch {
+    const ROWS: usize = 320;
+    const COLS: usize = 300;
+    const NAME: &str = "model.layers.0.q_proj.weight";
+    let scratch = Scratch::new();
+    let mut prng = Prng::new(13);
+    let base = prng.values(ROWS * COLS, 0.5);
+    let (b, a) = (prng.values(ROWS * rank, 0.5), prng.values(rank * COLS, 0.5));
+    let sizes: Vec<f64> = (0..rank).map(|k| falls.powi(k as i32)).collect();
+    let tuned: Vec<f64> = (0..ROWS * COLS)
+        .map(|at| {
+            let (row, col) = (at / COLS, at % COLS);
+            let part = |k: usize| sizes[k] * b[row * rank + k] * a[k * COLS + col];
+            base[at] + (0..rank).map(part).sum::<f64>()
+        })
+        .collect();
+    for (file, values) in [("from.safetensors", base), ("to.safetensors", tuned)] {
+        let matrix = Tensor::new(NAME, Dtype::F32, &[ROWS, COLS], &values);
+        write_tensors(&scratch.path(file), &[matrix], &[]);
+    }
+    scratch
+}
+
+/// The report of an extraction from `from` to `to`.
+fn report(scratch: &Scratch, arguments: &[&str]) -> Value {
+    let first = ["extract", "from.safetensors", "to.safetensors", "--json", "--force"];
+    let ran = scratch.cli(&[&first[..], arguments].concat());
+    assert_eq!(ran.code, Some(0), "{}", ran.stderr);
+    serde_json::from_str(&ran.stdout).unwrap()
+}
+
+#[test]
+fn a_large_matrix_is_decomposed_as_far_as_it_is_asked_for() {
+    let scratch = large(60, 0.9);
+    let options = ["--rank", "8", "-o", "a.safetensors"];
+    let leading = &report(&scratch, &options)["tensors"][0];
+    let all = report(&scratch, &[&options[..], &["--exact"]].concat());
+    let all = &all["tensors"][0];
+    assert_eq!((&leading["exact"], &all["exact"]), (&Value::Bool(false), &Value::Bool(true)));
+    let [best, found] = [all, leading].map(|one| number(&one["residual"]));
+    assert!(found >= best * (1.0 - 1e-6) && found <= best * 1.01, "{found} {best}");
+    assert!(number(&leading["optimal_residual_at_least"]) <= best * (1.0 + 1e-9));
+    assert!(leading["products"].as_u64() < all["products"].as_u64());
+}
+
+#[test]
+fn a_share_of_all_values_is_found_in_a_large_matrix() {
+    let scratch = large(60, 0.9);
+    let options = ["--sv-cumulative", "0.8", "-o", "a.safetensors"];
+    let unbound = &report(&scratch, &options)["tensors"][0];
+    let values: Vec<f64> =
+        unbound["singular_values"].as_array().unwrap().iter().map(number).collect();
+    assert_eq!(values.len(), 300);
+    let reached = |rank: usize| values[..rank].iter().sum::<f64>() / values.iter().sum::<f64>();
+    let rank = unbound["rank"].as_u64().unwrap() as usize;
+    assert!(reached(rank) >= 0.8 && reached(rank - 1) < 0.8, "{rank}");
+    for (maximum, expected, bound) in [("40", rank, "policy"), ("5", 5, "maximum")] {
+        let bounded = report(&scratch, &[&options[..], &["--max-rank", maximum]].concat());
+        let found = &bounded["tensors"][0];
+        assert_eq!(found["rank"].as_u64(), Some(expected as u64), "{maximum}");
+        assert_eq!(found["rank_decided_by"], bound, "{maximum}");
+    }
 }
 
 #[test]
@@ -206,6 +272,12 @@ fn rules_decide_for_what_they_match() {
             ("model.layers.1.down_proj.weight", 2)
         ]
     );
+    // What a rule skips, or what gets no factors anyway, need not have changed or be a layer.
+    for rule in ["embed_tokens=skip", "fixed=skip", "fixed=3", "input_layernorm=skip"] {
+        let ran = pair.extract(&["--rank", "6", "--rank-for", rule, "-o", "c.safetensors"]);
+        assert_eq!(ran.code, Some(0), "{rule}: {}", ran.stderr);
+        std::fs::remove_file(pair.path("c.safetensors")).unwrap();
+    }
     let ran = pair.extract(&["--rank", "6", "--rank-for", "k_proj=2", "-o", "b.safetensors"]);
     assert_eq!(ran.code, Some(2));
     assert!(ran.stderr.contains("--rank-for k_proj"), "{}", ran.stderr);
@@ -368,4 +440,71 @@ fn a_table_that_is_the_head_too_is_stored_whole_as_both() {
         assert_eq!(tensors.contains_key(HEAD), from == "from.safetensors");
         assert_eq!(tensors["model.norm.weight"].values()[0], 2.0);
     }
+}
+
+/// A table that only the fine-tune ties became two parameters of the base, and is stored as both.
+#[test]
+fn a_fine_tune_that_ties_its_head_changed_both_ends() {
+    const TABLE: &str = "model.embed_tokens.weight";
+    const HEAD: &str = "lm_head.weight";
+    let scratch = Scratch::new();
+    let mut prng = Prng::new(14);
+    let of = |name: &str, values: &[f64]| Tensor::new(name, Dtype::F32, &[32, COLS], values);
+    let [table, head, after] = [(); 3].map(|()| prng.values(32 * COLS, 0.5));
+    for (model, tensors, tied) in [
+        ("from", vec![of(TABLE, &table), of(HEAD, &head)], false),
+        ("to", vec![of(TABLE, &after)], true),
+    ] {
+        let directory = scratch.path(model);
+        std::fs::create_dir(&directory).unwrap();
+        write_tensors(&directory.join("model.safetensors"), &tensors, &[]);
+        let config = format!(r#"{{"model_type": "llama", "tie_word_embeddings": {tied}}}"#);
+        std::fs::write(directory.join("config.json"), config).unwrap();
+    }
+    let full = ["--rank", "4", "--full", "embeddings", "-o", "a.safetensors", "--json"];
+    let ran = scratch.cli(&[&["extract", "from", "to"][..], &full].concat());
+    assert_eq!(ran.code, Some(0), "{}", ran.stderr);
+    let report: Value = serde_json::from_str(&ran.stdout).unwrap();
+    let mut whole: Vec<&str> = (report["whole"].as_array().unwrap().iter())
+        .map(|one| one["parameter"].as_str().unwrap())
+        .collect();
+    whole.sort_unstable();
+    assert_eq!(whole, [HEAD, TABLE]);
+    let ran = scratch.cli(&["merge", "from", "a.safetensors", "-o", "merged"]);
+    assert_eq!(ran.code, Some(0), "{}", ran.stderr);
+    let merged = read_tensors(&scratch.path("merged/model.safetensors"));
+    let stored = of(TABLE, &after).values();
+    assert!(merged[TABLE].values() == stored && merged[HEAD].values() == stored);
+}
+
+/// A model in FP8, and the values that it stands for with something added to the first matrix.
+fn quantised() -> (Scratch, String) {
+    let scratch = Scratch::new();
+    let case = fixtures().join("quantised/fp8-block");
+    let mut tensors: Vec<Tensor> =
+        read_tensors(&case.join("expected.safetensors")).into_values().collect();
+    let mut prng = Prng::new(15);
+    for tensor in &mut tensors {
+        let (b, a) = (prng.values(tensor.shape[0], 0.5), prng.values(tensor.shape[1], 0.5));
+        let cols = tensor.shape[1];
+        let values: Vec<f64> = (tensor.values().iter().enumerate())
+            .map(|(at, value)| value + b[at / cols] * a[at % cols])
+            .collect();
+        *tensor = Tensor::new(&tensor.name, Dtype::F32, &tensor.shape, &values);
+    }
+    write_tensors(&scratch.path("plain.safetensors"), &tensors, &[]);
+    (scratch, text(&case.join("base")).to_owned())
+}
+
+#[test]
+fn what_the_fine_tune_has_quantised_is_not_stored_whole() {
+    let (scratch, model) = quantised();
+    let from = ["extract", "plain.safetensors", &model, "-o", "x.safetensors", "--rank", "2"];
+    let ran = scratch.cli(&[&from[..], &["--full", "q_proj"]].concat());
+    assert_eq!(ran.code, Some(2));
+    let expected = "q_proj.weight` cannot be stored whole: the fine-tuned model has it quantised";
+    assert!(ran.stderr.contains(expected), "{}", ran.stderr);
+    assert!(!scratch.path("x.safetensors").exists());
+    let ran = scratch.cli(&from);
+    assert_eq!(ran.code, Some(0), "{}", ran.stderr);
 }

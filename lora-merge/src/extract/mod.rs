@@ -32,6 +32,7 @@ use crate::error::Result;
 use crate::noise::{self, NoiseEstimate, Storage};
 use crate::numbers::float_type;
 use crate::pair::{Change, Kind, Mapped, Pair, PairNote, Pairing, Side, Tie, measure, profiles};
+use crate::parameters::Source;
 use crate::rank::{Bound, Choice, RankError, RankLimits, RankPolicy, Ruling, choose};
 use crate::resize::Ranks;
 use crate::schedule::Schedule;
@@ -81,8 +82,8 @@ pub enum ExtractError {
         /// The dtype.
         dtype: Dtype,
     },
-    /// Patterns that matched nothing.
-    #[error("nothing that changed matches {}", patterns.join(", "))]
+    /// Patterns that match no parameter of the models.
+    #[error("no parameter matches {}", patterns.join(", "))]
     Unmatched {
         /// The patterns, with the options that they were given to.
         patterns: Vec<String>,
@@ -98,6 +99,17 @@ pub enum ExtractError {
     Quantised {
         /// The parameter.
         name: String,
+    },
+    /// A parameter is in none of the report's lists, or in two: a fault of this program.
+    #[error(
+        "{accounted} of {parameters} parameters are accounted for: a fault of this program; nothing \
+         was written"
+    )]
+    Unaccounted {
+        /// Those that the report lists.
+        accounted: usize,
+        /// Those that were paired, or are new and stored whole.
+        parameters: usize,
     },
     /// Ranks.
     #[error(transparent)]
@@ -248,6 +260,7 @@ impl<'a> Extraction<'a> {
         progress: &Progress,
     ) -> Result<Extraction<'a>> {
         let pairing = mapped.pairing();
+        refuse_unmatched(pairing, options)?;
         let schedule = Schedule::new(options.threads);
         let elements: Vec<u64> = pairing.pairs.iter().map(Pair::elements).collect();
         let changes: Vec<Change> = schedule.run(
@@ -350,6 +363,7 @@ impl<'a> Extraction<'a> {
             }
         }
         report.unchanged += self.pairing.identical.len();
+        self.balance(&report)?;
         if components.is_empty() {
             let reason = match report.left_out.len() {
                 0 => "no parameter that both models have differs".to_owned(),
@@ -468,12 +482,12 @@ impl<'a> Extraction<'a> {
         let change = &self.changes[index];
         let (rows, cols) = delta.shape();
         let reference = if self.options.relative { change.base_energy } else { change.energy };
-        let svd = &self.options.svd;
+        let mut svd = self.options.svd;
         let (policy, limits) = match choosing {
             Choosing::Policy(policy, limits) => (policy, limits),
             Choosing::Budget { most } => {
                 let found =
-                    decompose(&delta, change.energy, Goal::Rank(most.min(rows.min(cols))), svd)
+                    decompose(&delta, change.energy, Goal::Rank(most.min(rows.min(cols))), &svd)
                         .map_err(ExtractError::from)?;
                 let choice = Choice { rank: found.rank(), bound: Bound::Policy };
                 return Ok((found, choice, None));
@@ -502,13 +516,14 @@ impl<'a> Extraction<'a> {
             }
         };
         let vectors = policy == RankPolicy::Auto;
+        svd.exact |= policy.needs_all();
         let goal = match policy {
             RankPolicy::Rank(rank) => {
                 Goal::Rank(rank.max(limits.minimum).min(most).max(1).min(rows.min(cols)))
             }
             _ => Goal::Until { wanted: &wanted, vectors, maximum: most },
         };
-        let found = decompose(&delta, change.energy, goal, svd).map_err(ExtractError::from)?;
+        let found = decompose(&delta, change.energy, goal, &svd).map_err(ExtractError::from)?;
         let mut choice = chosen(&found);
         choice.rank = choice.rank.min(found.rank());
         let noise = noise(&found);
@@ -639,23 +654,25 @@ impl<'a> Extraction<'a> {
         components: &mut Vec<Component>,
         report: &mut ExtractReport,
     ) -> Result<()> {
-        let mut wanted: BTreeMap<&str, (String, Kind, Option<Change>)> = BTreeMap::new();
+        // A table that the fine-tuned model ties is what several parameters of the base became.
+        let mut wanted: BTreeMap<&str, Vec<(String, Kind, Option<Change>)>> = BTreeMap::new();
         for (index, fate) in self.fates.iter().enumerate() {
             if matches!(fate, Fate::Whole) {
                 let pair = &self.pairing.pairs[index];
                 let entry = (pair.name.clone(), pair.kind, Some(self.changes[index]));
-                wanted.insert(&pair.tuned_name, entry);
+                wanted.entry(&pair.tuned_name).or_default().push(entry);
             }
         }
         for name in &self.new_whole {
-            wanted.insert(name, (name.clone(), Kind::Other, None));
+            wanted.entry(name).or_default().push((name.clone(), Kind::Other, None));
         }
         if wanted.is_empty() {
             return Ok(());
         }
         for shard in self.pairing.tuned.shards() {
             for tensor in map_all(&shard.file)? {
-                if let Some((name, kind, change)) = wanted.remove(tensor.name.as_str()) {
+                for (name, kind, change) in wanted.remove(tensor.name.as_str()).unwrap_or_default()
+                {
                     // A table that the base has under several names replaces all of them: no merge
                     // has to ask which is meant.
                     for other in self.other_names(&name) {
@@ -665,15 +682,25 @@ impl<'a> Extraction<'a> {
                             .notes
                             .push(format!("`{name}` is `{other}` too: it is stored as both"));
                     }
-                    components
-                        .push(Component { target: target(&name), form: Form::Replaced(tensor) });
+                    let form = Form::Replaced(tensor.clone());
+                    components.push(Component { target: target(&name), form });
                     report.whole.push((name, kind, change));
                 }
             }
         }
-        match wanted.into_values().next() {
-            Some((name, ..)) => Err(ExtractError::Quantised { name }.into()),
-            None => Ok(()),
+        Ok(())
+    }
+
+    /// Every parameter of both models is in one list of the report.
+    fn balance(&self, report: &ExtractReport) -> Result<()> {
+        let pairs = self.pairing.pairs.len() + self.pairing.identical.len();
+        let parameters = pairs + self.new_whole.len();
+        let ExtractReport { targets, whole, left_out, unchanged, .. } = report;
+        let accounted = targets.len() + whole.len() + left_out.len() + unchanged;
+        if accounted == parameters {
+            Ok(())
+        } else {
+            Err(ExtractError::Unaccounted { accounted, parameters }.into())
         }
     }
 }
@@ -699,8 +726,47 @@ fn table(option: &'static str, patterns: &[String]) -> Result<PatternTable> {
 }
 
 fn matches(table: &mut PatternTable, name: &str) -> Result<bool> {
-    let module = name.rsplit_once('.').map_or(name, |(module, _)| module);
-    Ok(table.lookup(name)?.is_some() || table.lookup(module)?.is_some())
+    Ok(table.lookup(name)?.is_some() || table.lookup(module_of(name))?.is_some())
+}
+
+/// What `--full` asks for: the kinds, and the patterns of names.
+fn split_full(full: &[String]) -> (Vec<&str>, Vec<String>) {
+    let (kinds, patterns): (Vec<&String>, Vec<&String>) = full
+        .iter()
+        .partition(|name| [FULL_NORMS, FULL_BIASES, FULL_EMBEDDINGS].contains(&name.as_str()));
+    (kinds.into_iter().map(String::as_str).collect(), patterns.into_iter().cloned().collect())
+}
+
+/// Refuses patterns that match no name: they are mistyped, and that is told before any work. One that
+/// matches what did not change, or a table that gets no factors, is none of those.
+fn refuse_unmatched(pairing: &Pairing, options: &mut ExtractOptions) -> Result<()> {
+    let (_, patterns) = split_full(&options.full);
+    let (mut full, mut include) =
+        (table("--full", &patterns)?, table("--include", &options.include)?);
+    let paired = pairing.pairs.iter().map(|pair| &pair.name).chain(&pairing.identical);
+    for name in paired {
+        matches(&mut full, name)?;
+        matches(&mut include, name)?;
+        if let Ranks::PerTensor(rules) = &mut options.ranks {
+            rules.of(module_of(name)).map_err(ExtractError::from)?;
+        }
+    }
+    for name in &pairing.only_tuned {
+        matches(&mut full, name)?;
+    }
+    let dead = |table: &PatternTable, option: &str| -> Vec<String> {
+        table.dead_keys().map(|key| format!("{option} {key}")).collect()
+    };
+    let mut patterns = [dead(&full, "--full"), dead(&include, "--include")].concat();
+    if let Ranks::PerTensor(rules) = &options.ranks {
+        patterns.extend(rules.unmatched().map(|key| format!("--rank-for {key}")));
+    }
+    if patterns.is_empty() { Ok(()) } else { Err(ExtractError::Unmatched { patterns }.into()) }
+}
+
+/// The module of a parameter.
+fn module_of(name: &str) -> &str {
+    name.rsplit_once('.').map_or(name, |(module, _)| module)
 }
 
 fn decide(
@@ -708,14 +774,10 @@ fn decide(
     changes: &[Change],
     options: &mut ExtractOptions,
 ) -> Result<(Vec<Fate>, Vec<String>)> {
-    let kinds = [FULL_NORMS, FULL_BIASES, FULL_EMBEDDINGS];
-    let is_kind = |name: &&String| kinds.contains(&name.as_str());
-    let of_kinds: Vec<&String> = options.full.iter().filter(is_kind).collect();
-    let patterns: Vec<String> =
-        options.full.iter().filter(|name| !is_kind(name)).cloned().collect();
+    let (kinds, patterns) = split_full(&options.full);
     let (mut full, mut include) =
         (table("--full", &patterns)?, table("--include", &options.include)?);
-    let asked = |kind: &str| of_kinds.iter().any(|name| *name == kind);
+    let asked = |kind: &str| kinds.contains(&kind);
     let uniform = uniform_rank(pairing, changes, options);
     let mut fates = Vec::with_capacity(changes.len());
     for (pair, change) in pairing.pairs.iter().zip(changes) {
@@ -731,6 +793,10 @@ fn decide(
             _ => false,
         };
         if matches(&mut full, &pair.name)? || whole {
+            // Its codes lie in a file, its values nowhere.
+            if let Source::Quantised(_) = pair.tuned_source {
+                return Err(ExtractError::Quantised { name: pair.name.clone() }.into());
+            }
             fates.push(Fate::Whole);
             continue;
         }
@@ -755,18 +821,13 @@ fn decide(
     let mut new_whole = Vec::new();
     for name in &pairing.only_tuned {
         if matches(&mut full, name)? {
+            let tuned = pairing.tuned_parameters();
+            let source = tuned.find(name).map(|index| tuned.get(index).source);
+            if !matches!(source, Some(Source::Plain(_))) {
+                return Err(ExtractError::Quantised { name: name.clone() }.into());
+            }
             new_whole.push(name.clone());
         }
-    }
-    let dead = |table: &PatternTable, option: &str| -> Vec<String> {
-        table.dead_keys().map(|key| format!("{option} {key}")).collect()
-    };
-    let mut unmatched = [dead(&full, "--full"), dead(&include, "--include")].concat();
-    if let Ranks::PerTensor(rules) = &options.ranks {
-        unmatched.extend(rules.unmatched().map(|key| format!("--rank-for {key}")));
-    }
-    if !unmatched.is_empty() {
-        return Err(ExtractError::Unmatched { patterns: unmatched }.into());
     }
     Ok((fates, new_whole))
 }
@@ -777,8 +838,7 @@ fn choosing(ranks: &mut Ranks, name: &str, uniform: usize) -> Result<Fate> {
         Ranks::PerTensor(rules) => rules,
         Ranks::Budget { .. } => return Ok(Fate::Factors(Choosing::Budget { most: uniform })),
     };
-    let module = name.rsplit_once('.').map_or(name, |(module, _)| module);
-    Ok(match rules.of(module).map_err(ExtractError::from)? {
+    Ok(match rules.of(module_of(name)).map_err(ExtractError::from)? {
         Ruling::Skip => Fate::LeftOut("a rule skips it"),
         Ruling::Choose(policy, limits) => Fate::Factors(Choosing::Policy(policy, limits)),
     })
