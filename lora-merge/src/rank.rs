@@ -195,6 +195,18 @@ impl FromStr for RankPolicy {
 }
 
 impl RankPolicy {
+    /// The energy that it allows a matrix of this energy to leave over, if that is what it says;
+    /// `reference` is the norm that a tolerance is relative to.
+    #[must_use]
+    pub fn leaves(self, energy: f64, reference: f64) -> Option<f64> {
+        match self {
+            RankPolicy::Energy(share) => Some((1.0 - share) * energy),
+            RankPolicy::SvFro(share) => Some((1.0 - share * share) * energy),
+            RankPolicy::Tolerance(tolerance) => Some((tolerance * reference).powi(2)),
+            _ => None,
+        }
+    }
+
     /// Whether the leading singular values never decide it: only all of them do.
     #[must_use]
     pub fn needs_all(self) -> bool {

@@ -253,6 +253,21 @@ fn a_budget_is_kept_to() {
     assert!(ran.stderr.contains("the minimum ranks alone take"), "{}", ran.stderr);
 }
 
+/// A change that has fewer ranks than are allotted gets those alone, pays for no others, and could not
+/// have been given more.
+#[test]
+fn a_budget_is_not_spent_on_what_is_not_there() {
+    let scratch = large(3, 0.9);
+    let bytes = ((320 + 300) * 4 * 10).to_string();
+    for minimum in ["0", "5"] {
+        let options = ["--budget", &bytes, "--min-rank", minimum, "-o", "a.safetensors"];
+        let report = report(&scratch, &options);
+        assert_eq!(report["tensors"][0]["rank"], 3);
+        assert_eq!(report["budget"]["spent"], (320 + 300) * 4 * 3);
+        assert_eq!(report["budget"]["capped"].as_array().unwrap().len(), 0);
+    }
+}
+
 #[test]
 fn rules_decide_for_what_they_match() {
     let pair = Pair::new(Dtype::F32, 20);
@@ -314,6 +329,128 @@ fn a_peft_directory_says_the_same() {
         std::fs::read(pair.path("m.safetensors")).unwrap()
     };
     assert!(merge("a.safetensors") == merge("a"));
+}
+
+/// Interrupted (here by a factor that f16 does not hold), damaged, and gone on with.
+#[test]
+fn finished_targets_are_taken_up_again() {
+    const LAST: &str = "model.layers.1.q_proj.weight";
+    let pair = Pair::new(Dtype::F32, 9);
+    let tuned = pair.path("to.safetensors");
+    let sound: Vec<Tensor> = read_tensors(&tuned).into_values().collect();
+    let large: Vec<Tensor> = (sound.iter())
+        .map(|tensor| match tensor.name.as_str() {
+            LAST => {
+                let values: Vec<f64> = tensor.values().iter().map(|x| x * 1e12).collect();
+                Tensor::new(LAST, Dtype::F32, &[ROWS, COLS], &values)
+            }
+            name => tensor.renamed(name),
+        })
+        .collect();
+    let time = std::time::SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(1_000_000_000);
+    let put = |tensors: &[Tensor]| {
+        write_tensors(&tuned, tensors, &[]);
+        let file = std::fs::File::options().write(true).open(&tuned).unwrap();
+        file.set_modified(time).unwrap();
+    };
+    let arguments = ["--rank", "4", "--dtype", "f16", "--threads", "1", "-o"];
+    let extract = |output: &str, more: &[&str]| {
+        let ran = pair.extract(&[&arguments[..], &[output], more].concat());
+        (ran.code, ran.stderr)
+    };
+    put(&sound);
+    assert_eq!(extract("whole.safetensors", &[]).0, Some(0));
+    let whole = std::fs::read(pair.path("whole.safetensors")).unwrap();
+    put(&large);
+    let (code, stderr) = extract("a.safetensors", &[]);
+    assert_eq!(code, Some(2));
+    assert!(stderr.contains("hint: choose a dtype with a larger range"), "{stderr}");
+    assert!(stderr.contains("3 finished targets are kept"), "{stderr}");
+    put(&sound);
+    let work = pair.path(".a.safetensors.extract");
+    let mut parts: Vec<std::path::PathBuf> = (std::fs::read_dir(&work).unwrap())
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.extension().is_some())
+        .collect();
+    parts.sort();
+    assert_eq!(parts.len(), 3);
+    let kept: Vec<Vec<u8>> = parts.iter().map(|path| std::fs::read(path).unwrap()).collect();
+    let again = |changed: [&[u8]; 3], equal: bool| {
+        for (path, bytes) in parts.iter().zip(changed) {
+            std::fs::write(path, bytes).unwrap();
+        }
+        // `--resume` removes them in the end.
+        let copy = pair.path("copy");
+        crate::support::copy_directory(&work, &copy);
+        let (code, stderr) = extract("a.safetensors", &["--resume"]);
+        assert_eq!(code, Some(0), "{stderr}");
+        std::fs::rename(copy, &work).unwrap();
+        let found = std::fs::read(pair.path("a.safetensors")).unwrap();
+        assert_eq!(found == whole, equal);
+        std::fs::remove_file(pair.path("a.safetensors")).unwrap();
+    };
+    let [first, second, third] = [0, 1, 2].map(|at| kept[at].as_slice());
+    again([first, second, third], true);
+    // Another pair's, and two that are damaged.
+    again([second, &[], &third[..40]], true);
+    // They are taken indeed.
+    let mut other = second.to_vec();
+    *other.last_mut().unwrap() ^= 1;
+    again([first, &other, third], false);
+    // Not of models that are read in another way.
+    std::fs::write(
+        work.join("signature"),
+        std::fs::read_to_string(work.join("signature")).unwrap().replace(
+            "q_proj.weight: linear [48, 40] (out, in)",
+            "q_proj.weight: linear [48, 40] (in, out)",
+        ),
+    )
+    .unwrap();
+    let (code, stderr) = extract("a.safetensors", &["--resume"]);
+    assert_eq!(code, Some(2));
+    assert!(stderr.contains("it was `model.layers.0.q_proj.weight = "), "{stderr}");
+}
+
+/// A directory that has the name and is not ours is left alone.
+#[test]
+fn another_directory_is_not_removed() {
+    let pair = Pair::new(Dtype::F32, 2);
+    let work = pair.path(".a.safetensors.extract");
+    std::fs::create_dir(&work).unwrap();
+    std::fs::write(work.join("thesis.txt"), "years of work").unwrap();
+    for more in [&["--resume"][..], &[], &["--force"]] {
+        let ran = pair.extract(&[&["--rank", "4", "-o", "a.safetensors"], more].concat());
+        assert_eq!(ran.code, Some(2));
+        assert!(ran.stderr.contains("it is not the work of an extraction"), "{}", ran.stderr);
+    }
+    std::fs::remove_file(work.join("thesis.txt")).unwrap();
+    let ran = pair.extract(&["--rank", "4", "-o", "a.safetensors"]);
+    assert_eq!(ran.code, Some(0), "{}", ran.stderr);
+}
+
+/// What cannot be written in the end is refused in the beginning: nothing is left behind or changed.
+#[test]
+fn outputs_are_checked_before_the_work() {
+    let pair = Pair::new(Dtype::F32, 2);
+    std::fs::write(pair.path("old.csv"), "mine").unwrap();
+    let before = crate::support::listing(pair.scratch.root());
+    let base = std::fs::read(pair.path("from.safetensors")).unwrap();
+    for (more, why) in [
+        (&["--csv", "old.csv"][..], "old.csv: already exists"),
+        (&["--csv", "from.safetensors", "--force"], "the input"),
+        (&["--csv", "to.safetensors", "--force"], "the input"),
+        (&["--csv", "a.safetensors"], "is where the adapter goes"),
+    ] {
+        let ran = pair.extract(&[&["--rank", "4", "-o", "a.safetensors"], more].concat());
+        assert_eq!(ran.code, Some(2), "{more:?}");
+        assert!(ran.stderr.contains(why), "{}", ran.stderr);
+    }
+    assert_eq!(crate::support::listing(pair.scratch.root()), before);
+    assert!(std::fs::read(pair.path("from.safetensors")).unwrap() == base);
+    let budget = ["--budget", "1MB", "--resume", "-o", "a.safetensors"];
+    let ran = pair.extract(&budget);
+    assert_eq!(ran.code, Some(2));
+    assert!(ran.stderr.contains("keeps none"), "{}", ran.stderr);
 }
 
 #[test]
@@ -507,4 +644,124 @@ fn what_the_fine_tune_has_quantised_is_not_stored_whole() {
     assert!(!scratch.path("x.safetensors").exists());
     let ran = scratch.cli(&from);
     assert_eq!(ran.code, Some(0), "{}", ran.stderr);
+}
+
+/// The values of a quantised base are not those of any file: there is no fingerprint of them.
+#[test]
+fn a_quantised_base_is_extracted_from() {
+    let (scratch, model) = quantised();
+    for (to, output) in [("lora", "a.safetensors"), ("peft", "a")] {
+        let ran = scratch.cli(&[
+            "extract",
+            &model,
+            "plain.safetensors",
+            "--rank",
+            "1",
+            "-o",
+            output,
+            "--to",
+            to,
+        ]);
+        assert_eq!(ran.code, Some(0), "{to}: {}", ran.stderr);
+        assert!(ran.stderr.contains("they include what quantising lost"), "{}", ran.stderr);
+        let noted = ran.stderr.contains("note: no fingerprint of the base: ");
+        assert_eq!(noted, to == "lora", "{}", ran.stderr);
+        let merge = ["merge", &model, output, "-o", "m", "--dtype", "f32", "--force"];
+        let ran = scratch.cli(&merge);
+        assert_eq!(ran.code, Some(0), "{to}: {}", ran.stderr);
+        let merged = crate::support::read_model(&scratch.path("m"));
+        for (name, tensor) in read_tensors(&scratch.path("plain.safetensors")) {
+            for (x, y) in tensor.values().iter().zip(merged[&name].values()) {
+                assert!((x - y).abs() < 1e-5, "{name}: {x} {y}");
+            }
+        }
+    }
+}
+
+/// Tolerances below what the leading values tell in f32, of values that fall that far.
+#[test]
+fn fine_tolerances_are_met_or_told() {
+    let scratch = large(60, 0.7);
+    let run = |arguments: &[&str]| {
+        let first = ["extract", "from.safetensors", "to.safetensors", "--force"];
+        let output = ["-o", "a.safetensors", "--json"];
+        let ran = scratch.cli(&[&first[..], arguments, &output].concat());
+        assert_eq!(ran.code, Some(0), "{}", ran.stderr);
+        let report: Value = serde_json::from_str(&ran.stdout).unwrap();
+        (report["tensors"][0].clone(), ran.stderr)
+    };
+    for tolerance in ["1e-4", "1e-5", "1e-6"] {
+        let (found, stderr) = run(&["--tolerance", tolerance]);
+        let wanted: f64 = tolerance.parse().unwrap();
+        assert_eq!(found["exact"], true);
+        assert!(number(&found["relative_error"]) <= wanted * 1.001, "{tolerance}: {found}");
+        assert!(!stderr.contains("a larger error than was asked for"), "{stderr}");
+        let rank = found["rank"].as_u64().unwrap();
+        let values: Vec<f64> =
+            found["singular_values"].as_array().unwrap().iter().map(number).collect();
+        let before = values[rank as usize - 1..].iter().map(|x| x * x).sum::<f64>().sqrt();
+        assert!(before > wanted * number(&found["norm"]), "{tolerance}: a smaller rank does");
+    }
+    let (found, stderr) = run(&["--tolerance", "1e-4", "--dtype", "bf16"]);
+    assert!(number(&found["relative_error"]) > 1e-4);
+    assert!(stderr.contains("1 targets have a larger error than was asked for"), "{stderr}");
+    // Where a greatest rank leaves more anyway, the leading values are enough.
+    let (found, stderr) = run(&["--tolerance", "1e-5", "--max-rank", "8"]);
+    assert_eq!((&found["rank"], &found["exact"]), (&Value::from(8), &Value::Bool(false)));
+    assert_eq!(found["rank_decided_by"], "maximum");
+    assert!(!stderr.contains("a larger error than was asked for"), "{stderr}");
+}
+
+/// The estimate that is printed is the one that chose the rank.
+#[test]
+fn the_noise_estimate_is_the_one_that_chose() {
+    let pair = Pair::new(Dtype::Bf16, 4);
+    let small = pair.report(&["--rank", "auto", "-o", "a.safetensors"]);
+    let scratch = large(300, 0.98);
+    let large = report(&scratch, &["--rank", "auto", "-o", "a.safetensors"]);
+    for one in small["tensors"].as_array().unwrap().iter().chain([&large["tensors"][0]]) {
+        let threshold = number(&one["noise"]["threshold"]);
+        let values: Vec<f64> =
+            one["singular_values"].as_array().unwrap().iter().map(number).collect();
+        let above = values.iter().filter(|&&value| value > threshold).count();
+        assert_eq!(one["rank"].as_u64(), Some(above as u64), "{one}");
+    }
+}
+
+/// The norms are told to be worth more only where that is known.
+#[test]
+fn norms_are_recommended_on_evidence() {
+    const NAME: &str = "model.layers.0.q_proj.weight";
+    const NORM: &str = "model.layers.0.input_layernorm.weight";
+    for (share, recommended) in [(2.2, false), (4.0, true)] {
+        let scratch = large(200, 0.999);
+        for (file, change) in [("from.safetensors", 0.0), ("to.safetensors", share)] {
+            let path = scratch.path(file);
+            let matrix = read_tensors(&path).remove(NAME).unwrap();
+            let norm = Tensor::new(NORM, Dtype::F32, &[300], &[1.0 + change; 300]);
+            write_tensors(&path, &[norm, matrix], &[]);
+        }
+        let run = ["extract", "from.safetensors", "to.safetensors", "--rank", "40", "-o"];
+        let ran = scratch.cli(&[&run[..], &["a.safetensors", "--force"]].concat());
+        assert_eq!(ran.code, Some(0), "{}", ran.stderr);
+        assert_eq!(ran.stderr.contains("consider --full norms"), recommended, "{}", ran.stderr);
+    }
+}
+
+#[test]
+fn the_memory_bound_is_stated() {
+    let scratch = large(60, 0.9);
+    let bound = &report(&scratch, &["--rank", "4", "-o", "a.safetensors"])["memory_bound_bytes"];
+    // The Gram matrix alone, and its eigenvectors.
+    assert!(bound.as_u64().unwrap() > 2 * 300 * 300 * 8, "{bound}");
+    let ran = scratch.cli(&[
+        "extract",
+        "from.safetensors",
+        "to.safetensors",
+        "--rank",
+        "4",
+        "-o",
+        "b.safetensors",
+    ]);
+    assert!(ran.stderr.contains("memory: decomposing takes "), "{}", ran.stderr);
 }

@@ -59,6 +59,8 @@ pub struct Spectra {
     pub unchanged: Vec<String>,
     /// What was not analysed.
     pub passed: Vec<PassedOver>,
+    /// What was noticed besides.
+    pub notes: Vec<String>,
 }
 
 /// One changed matrix.
@@ -78,7 +80,8 @@ pub struct TensorSpectrum {
     pub base_energy: Option<f64>,
     /// The rank of an adapter's factors.
     pub rank: Option<usize>,
-    /// The noise of a difference of stored weights.
+    /// The noise of a difference of stored weights, taken as even across rows and columns: no vectors are
+    /// made here, and [`noise::estimate_uneven`], by which an extraction chooses ranks, needs them.
     pub noise: Option<NoiseEstimate>,
     /// How a pair's elements changed.
     pub change: Option<Change>,
@@ -347,7 +350,7 @@ pub fn of_adapter(
         Other(OtherChange),
         Passed(PassedOver),
     }
-    let all = changes(adapter, base)?;
+    let (all, notes) = changes(adapter, base)?;
     let analyse = |changed: &Changed<'_>| -> Result<Found> {
         go_on(progress)?;
         let pair = changed.pair(base);
@@ -384,7 +387,7 @@ pub fn of_adapter(
         }
     };
     let found: Vec<Result<Found>> = all.par_iter().map(analyse).collect();
-    let mut spectra = Spectra::default();
+    let mut spectra = Spectra { notes, ..Spectra::default() };
     for found in found {
         match found? {
             Found::Matrix(one) if one.spectrum.is_zero() => spectra.unchanged.push(one.name),
