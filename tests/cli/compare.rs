@@ -108,7 +108,8 @@ fn an_adapter_against_its_merge() {
             &report["tensors"][0],
             "parameter projection depth outputs inputs ranks norms cosine phi phi_left random \
              random_left angles angles_left projection_distance projection_distance_left \
-             geodesic_distance geodesic_distance_left base_norm amplification_a amplification_b",
+             geodesic_distance geodesic_distance_left base_norm amplification_a amplification_b \
+             not_amplified",
         );
         members(
             &report["tensors"][0]["amplification_a"][0],
@@ -259,6 +260,15 @@ fn what_is_not_measured_against_the_base_has_a_reason() {
     let notes = report["notes"].to_string();
     assert!(notes.contains("not measured against the base: `model.layers.0.other`"), "{notes}");
     assert!(notes.contains("2 targets have no amplification"), "{notes}");
+    let reasons: Vec<&str> =
+        tensors(&report).iter().map(|one| one["not_amplified"].as_str().unwrap()).collect();
+    assert_eq!(
+        reasons,
+        [
+            "the base has no such weight, or none that is read",
+            "1 elements of the base's weight are NaN or infinite"
+        ]
+    );
 }
 
 #[test]

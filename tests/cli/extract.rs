@@ -453,6 +453,25 @@ fn outputs_are_checked_before_the_work() {
     assert!(ran.stderr.contains("keeps none"), "{}", ran.stderr);
 }
 
+/// PEFT would look for every layer in a module that is replaced: that is told before the work.
+#[test]
+fn what_peft_has_no_place_for_is_refused_before_the_work() {
+    let pair = Pair::new(Dtype::F32, 2);
+    for (file, value) in [("from.safetensors", 1.0), ("to.safetensors", 2.0)] {
+        let mut tensors: Vec<Tensor> = read_tensors(&pair.path(file)).into_values().collect();
+        tensors.push(Tensor::new("model.token", Dtype::F32, &[COLS], &[value; COLS]));
+        write_tensors(&pair.path(file), &tensors, &[]);
+    }
+    let full = ["--rank", "2", "--full", "model.token"];
+    let ran = pair.extract(&[&full[..], &["-o", "a", "--to", "peft"]].concat());
+    assert_eq!(ran.code, Some(2));
+    assert!(ran.stderr.contains("PEFT cannot hold a change of"), "{}", ran.stderr);
+    assert!(!ran.stderr.contains("finished targets"), "{}", ran.stderr);
+    assert!(!pair.path("a").exists() && !pair.path(".a.extract").exists());
+    let ran = pair.extract(&[&full[..], &["-o", "a.safetensors"]].concat());
+    assert_eq!(ran.code, Some(0), "{}", ran.stderr);
+}
+
 #[test]
 fn an_interrupted_extraction_goes_on() {
     let pair = Pair::new(Dtype::F32, 9);

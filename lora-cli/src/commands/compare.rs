@@ -112,6 +112,7 @@ struct JsonTensor<'a> {
     base_norm: Option<f64>,
     amplification_a: Option<Vec<JsonAmplification>>,
     amplification_b: Option<Vec<JsonAmplification>>,
+    not_amplified: Option<&'a str>,
 }
 
 #[derive(Debug, Serialize)]
@@ -340,6 +341,7 @@ fn describe_target(one: &TargetComparison) -> JsonTensor<'_> {
         base_norm: amplified.map(|one| one.base_norm),
         amplification_a: amplified.map(|one| amplification(&one.a)),
         amplification_b: amplified.map(|one| amplification(&one.b)),
+        not_amplified: one.unmet.as_deref(),
     }
 }
 

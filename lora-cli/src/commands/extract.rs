@@ -163,7 +163,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
         let extraction = Extraction::plan(&mapped, &mut options, &progress)?;
         if arguments.to == OutputFormat::Peft {
             // What PEFT has no place for is told before the work, not after.
-            add_siblings(&mut extraction.outline()?, &pairing)?;
+            let mut outline = extraction.outline()?;
+            add_siblings(&mut outline, &pairing)?;
+            peft::check(&outline)?;
         }
         Ok(extraction.run(&work, &progress)?)
     });

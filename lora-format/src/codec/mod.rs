@@ -12,8 +12,8 @@ use std::path::{Path, PathBuf};
 use crate::container::safetensors::SafetensorsFile;
 use crate::container::{Container, TensorFile};
 use crate::error::{DetectProblem, Error, Result};
-use crate::model::Adapter;
 use crate::io::opened::OpenedFile;
+use crate::model::Adapter;
 use crate::native;
 
 /// What the user may say about an adapter that its files do not.

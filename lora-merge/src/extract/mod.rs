@@ -297,12 +297,13 @@ impl<'a> Extraction<'a> {
     }
 
     /// A bound on what the decompositions hold at one time, in bytes: the largest ones side by side, as
-    /// many as there are threads; with a budget, the components of all of them until ranks are
-    /// allotted. Neither the mapped files nor the factors that are done count.
+    /// many as there are threads, or one on all threads; with a budget, the components of all of them
+    /// until ranks are allotted. Neither the mapped files nor the factors that are done count.
     #[must_use]
     pub fn memory_bound(&self) -> u64 {
         let threads = self.schedule.threads();
-        let (mut each, mut kept) = (Vec::new(), 0);
+        let groups = threads.min(self.targets().count()).max(1);
+        let (mut each, mut alone, mut kept) = (Vec::new(), 0, 0);
         for (index, choosing) in self.targets() {
             let (rows, cols) = self.pairing.pairs[index].matrix();
             let short = rows.min(cols);
@@ -312,12 +313,13 @@ impl<'a> Extraction<'a> {
                 Choosing::Policy(_, limits) => limits.maximum.unwrap_or(short),
             };
             if let Choosing::Budget { .. } = choosing {
-                kept += ((rows + cols) * most.min(short)) as u64 * 4;
+                kept += (rows + cols) as u64 * most.min(short) as u64 * 4;
             }
-            each.push(svd::memory_bound(rows, cols, most, threads));
+            each.push(svd::memory_bound(rows, cols, most, threads.div_ceil(groups)));
+            alone = alone.max(svd::memory_bound(rows, cols, most, threads));
         }
         each.sort_unstable_by(|a, b| b.cmp(a));
-        kept + each.iter().take(threads).sum::<u64>()
+        kept + alone.max(each.iter().take(groups).sum())
     }
 
     fn targets(&self) -> impl Iterator<Item = (usize, Choosing)> {
@@ -756,7 +758,7 @@ impl<'a> Extraction<'a> {
         report: &mut ExtractReport,
     ) -> Result<()> {
         // A table that the fine-tuned model ties is what several parameters of the base became.
-        let mut wanted: BTreeMap<&str, Vec<(String, Kind, Option<Change>)>> = BTreeMap::new();
+        let mut wanted: BTreeMap<&str, Vec<Whole>> = BTreeMap::new();
         for (index, fate) in self.fates.iter().enumerate() {
             if matches!(fate, Fate::Whole) {
                 let pair = &self.pairing.pairs[index];
@@ -805,6 +807,9 @@ impl<'a> Extraction<'a> {
         }
     }
 }
+
+/// A parameter to store whole: its name in the base, what it is, and how it changed if it is no new one.
+type Whole = (String, Kind, Option<Change>);
 
 /// A finished target: its report, A and B.
 type Part = (Extracted, Tensor, Tensor);

@@ -176,11 +176,7 @@ impl Builder<'_> {
     }
 
     /// The components, sorted, if nothing is wrong and no tensor was left out.
-    fn finish(
-        mut self,
-        path: &Path,
-        names: &BTreeSet<String>,
-    ) -> Result<Vec<Component>> {
+    fn finish(mut self, path: &Path, names: &BTreeSet<String>) -> Result<Vec<Component>> {
         let path = path.to_owned();
         if !self.refused.is_empty() {
             let features = self.refused.iter();
