@@ -146,6 +146,23 @@ fn a_large_matrix_is_decomposed_as_far_as_it_is_asked_for() {
     assert!(leading["products"].as_u64() < all["products"].as_u64());
 }
 
+/// All that there is of a large matrix of a low rank, without computing the zeros.
+#[test]
+fn the_rank_of_a_large_matrix_is_found() {
+    let scratch = large(8, 0.9);
+    for (policy, bound) in [
+        (&["--rank", "auto"][..], "known"),
+        (&["--sv-ratio", "1e4"], "known"),
+        (&["--rank", "20"], "policy"),
+    ] {
+        let report = report(&scratch, &[policy, &["-o", "a.safetensors"]].concat());
+        let found = &report["tensors"][0];
+        assert_eq!((&found["rank"], &found["exact"]), (&Value::from(8), &Value::Bool(false)));
+        assert!(number(&found["relative_error"]) < 1e-6, "{policy:?} {found}");
+        assert_eq!(found["rank_decided_by"], bound);
+    }
+}
+
 #[test]
 fn a_share_of_all_values_is_found_in_a_large_matrix() {
     let scratch = large(60, 0.9);
