@@ -62,7 +62,7 @@ FORMS = {
     "tiled": [[{"block": "r c"}, {"bat": "n r r"}]],
     "tucker": [[{"mid": "q r k+", "A": "r in 1*", "B": "out q 1*"}]],
 }  # fmt: skip
-DECOMPOSED = [{}, {"magnitude": "m"}, {"in_magnitude": "m"}]
+DECOMPOSED = [{}, {"magnitude": "line"}, {"in_magnitude": "line"}]
 # Of each form, the facts that it must have, and those that it may (F33).
 FACTS = {
     "experts": (["candidates"], []),

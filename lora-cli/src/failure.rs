@@ -5,6 +5,7 @@ use std::io;
 use lora_format::{
     BaseProblem, DetectProblem, Dtype, Error as FormatError, HeaderProblem, IndexProblem,
 };
+use lora_merge::extract::ExtractError;
 use lora_merge::{Error as MergeError, PlanProblem};
 use serde::Serialize;
 
@@ -197,9 +198,36 @@ fn merge_hint(error: &MergeError) -> Option<String> {
         MergeError::NoTokenizer { .. } => "--tokenizer auto takes the base's where there is none",
         MergeError::TokenizersDiffer { .. } => "take the base's: --tokenizer base",
         MergeError::Plan { problems, .. } => return problems.iter().find_map(problem_hint),
+        MergeError::Extract(error) => return extract_hint(error).map(str::to_owned),
         _ => return None,
     };
     Some(text.to_owned())
+}
+
+fn extract_hint(error: &ExtractError) -> Option<&'static str> {
+    Some(match error {
+        ExtractError::NonFinite { .. } => {
+            "training diverged or the file is damaged; no factors of such a change exist"
+        }
+        ExtractError::Overflow { .. } => "choose a dtype with a larger range: --dtype bf16 or f32",
+        ExtractError::Unmatched { .. } => {
+            "`q_proj` matches every module whose last part it is; a pattern that should match inside \
+             a name begins and ends with .*"
+        }
+        ExtractError::Nothing { .. } => {
+            "--full stores norms, biases and embeddings, --include factors tables and heads; are \
+             these the base and its fine-tune?"
+        }
+        ExtractError::Quantised { .. } => {
+            "give a fine-tuned model in full precision, or leave it out of --full"
+        }
+        ExtractError::Budget(_) => "give a larger --budget, or a smaller --min-rank",
+        ExtractError::NoWork { .. } => "choose another -o, or move it away",
+        ExtractError::OtherWork { .. } => {
+            "start afresh without --resume, which removes that work, or choose another -o"
+        }
+        _ => return None,
+    })
 }
 
 fn problem_hint(problem: &PlanProblem) -> Option<String> {

@@ -18,16 +18,52 @@ pub(crate) fn interruptible() {
 }
 
 /// Runs `work` while a bar shows how much of `total` bytes `progress` has done. Ctrl-C asks the
-/// work to stop.
+/// work to stop; after it, it stops the writing of files, as [`interruptible`] does.
 pub(crate) fn watch<T>(
     total: u64,
     quiet: bool,
     progress: &Arc<Progress>,
     work: impl FnOnce() -> T,
 ) -> T {
-    let on_signal = Arc::clone(progress);
+    let signal = Arc::new(Signal::default());
+    let (on_signal, asked) = (Arc::clone(&signal), Arc::clone(progress));
     // Fails only if a handler is set already; then that one cancels the same way.
-    let _already_set = ctrlc::set_handler(move || on_signal.cancel());
+    let _already_set = ctrlc::set_handler(move || {
+        asked.cancel();
+        if on_signal.came() {
+            atomic::interrupt();
+        }
+    });
+    let result = shown(total, quiet, progress, work);
+    if signal.work_is_done() {
+        atomic::interrupt();
+    }
+    result
+}
+
+/// Whether a signal came, and whether there still is work that looks for it: the writing of files does
+/// not, and has to be stopped. Of a signal that comes as the work ends, one of the two sides notices.
+#[derive(Default)]
+struct Signal {
+    came: AtomicBool,
+    done: AtomicBool,
+}
+
+impl Signal {
+    /// Whether it came after the work.
+    fn came(&self) -> bool {
+        self.came.store(true, Ordering::SeqCst);
+        self.done.load(Ordering::SeqCst)
+    }
+
+    /// Whether a signal came before.
+    fn work_is_done(&self) -> bool {
+        self.done.store(true, Ordering::SeqCst);
+        self.came.load(Ordering::SeqCst)
+    }
+}
+
+fn shown<T>(total: u64, quiet: bool, progress: &Progress, work: impl FnOnce() -> T) -> T {
     if quiet || !std::io::stderr().is_terminal() {
         return work();
     }
@@ -49,4 +85,19 @@ pub(crate) fn watch<T>(
         bar.finish_and_clear();
         result
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Signal;
+
+    #[test]
+    fn a_signal_stops_what_comes_after_the_work() {
+        let during = Signal::default();
+        assert!(!during.came());
+        assert!(during.work_is_done());
+        let after = Signal::default();
+        assert!(!after.work_is_done());
+        assert!(after.came());
+    }
 }

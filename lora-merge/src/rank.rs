@@ -70,15 +70,13 @@ pub enum Bound {
     Maximum,
     /// Nothing yet: the values that are known are too few, and the rank is at least this.
     Known,
-    /// Nothing yet: the policy needs all values, and the rank is not known at all.
-    NeedsAll,
 }
 
 impl Bound {
     /// Whether the rank is final, and not for want of singular values.
     #[must_use]
     pub fn is_final(self) -> bool {
-        !matches!(self, Bound::Known | Bound::NeedsAll)
+        self != Bound::Known
     }
 }
 
@@ -105,14 +103,7 @@ pub fn choose(
         },
         RankPolicy::SvRatio(ratio) => at_least_one(sv_ratio(spectrum, ratio)),
         RankPolicy::SvFro(share) => at_least_one(spectrum.rank_for_energy(share * share)),
-        RankPolicy::SvCumulative(share) => match sv_cumulative(spectrum, share) {
-            Some(rank) => at_least_one(Reached::At(rank)),
-            None => {
-                let ceiling = limits.maximum.unwrap_or(usize::MAX).min(spectrum.short_side());
-                let rank = limits.minimum.max(1).min(ceiling);
-                return Choice { rank, bound: Bound::NeedsAll };
-            }
-        },
+        RankPolicy::SvCumulative(share) => at_least_one(sv_cumulative(spectrum, share)),
     };
     limited(asked, spectrum.short_side(), limits)
 }
@@ -152,16 +143,16 @@ fn sv_ratio(spectrum: &Spectrum, ratio: f64) -> Reached {
     Reached::At(count)
 }
 
-fn sv_cumulative(spectrum: &Spectrum, share: f64) -> Option<usize> {
+fn sv_cumulative(spectrum: &Spectrum, share: f64) -> Reached {
     if !spectrum.is_complete() {
-        return None;
+        return Reached::Beyond(0);
     }
     let demand = share * spectrum.values.iter().sum::<f64>();
     let sums = spectrum.values.iter().scan(0.0, |sum, value| {
         *sum += value;
         Some(*sum)
     });
-    Some((sums.take_while(|&sum| sum < demand).count() + 1).min(spectrum.values.len()))
+    Reached::At((sums.take_while(|&sum| sum < demand).count() + 1).min(spectrum.values.len()))
 }
 
 impl fmt::Display for RankPolicy {
@@ -204,6 +195,24 @@ impl FromStr for RankPolicy {
 }
 
 impl RankPolicy {
+    /// The energy that it allows a matrix of this energy to leave over, if that is what it says;
+    /// `reference` is the norm that a tolerance is relative to.
+    #[must_use]
+    pub fn leaves(self, energy: f64, reference: f64) -> Option<f64> {
+        match self {
+            RankPolicy::Energy(share) => Some((1.0 - share) * energy),
+            RankPolicy::SvFro(share) => Some((1.0 - share * share) * energy),
+            RankPolicy::Tolerance(tolerance) => Some((tolerance * reference).powi(2)),
+            _ => None,
+        }
+    }
+
+    /// Whether the leading singular values never decide it: only all of them do.
+    #[must_use]
+    pub fn needs_all(self) -> bool {
+        matches!(self, RankPolicy::SvCumulative(_))
+    }
+
     /// The policy, if its number makes sense.
     ///
     /// # Errors
@@ -467,8 +476,8 @@ mod tests {
         assert_eq!(of(RankPolicy::SvRatio(1.5), &few), by(1, Bound::Policy));
         assert_eq!(of(RankPolicy::SvRatio(4.0), &few), by(2, Bound::Known));
         assert_eq!(of(RankPolicy::SvFro(0.99), &few), by(2, Bound::Known));
-        assert_eq!(of(RankPolicy::SvCumulative(0.5), &few), by(1, Bound::NeedsAll));
-        assert!(!Bound::Known.is_final() && !Bound::NeedsAll.is_final() && Bound::Shape.is_final());
+        assert_eq!(of(RankPolicy::SvCumulative(0.5), &few), by(0, Bound::Known));
+        assert!(!Bound::Known.is_final() && Bound::Shape.is_final());
     }
 
     #[test]

@@ -108,7 +108,8 @@ fn an_adapter_against_its_merge() {
             &report["tensors"][0],
             "parameter projection depth outputs inputs ranks norms cosine phi phi_left random \
              random_left angles angles_left projection_distance projection_distance_left \
-             geodesic_distance geodesic_distance_left base_norm amplification_a amplification_b",
+             geodesic_distance geodesic_distance_left base_norm amplification_a amplification_b \
+             not_amplified",
         );
         members(
             &report["tensors"][0]["amplification_a"][0],
@@ -183,6 +184,90 @@ fn what_cannot_be_compared_is_refused() {
         scratch.cli(&["compare", "lora", "base.safetensors"]).refused(scratch.root()),
         "error: base.safetensors: a model, and its change needs a base\n\
          hint: name the model it was trained from: --base MODEL\n"
+    );
+}
+
+/// What has changed and is not compared is told, whatever it is.
+#[test]
+fn nothing_of_a_fine_tune_is_dropped_silently() {
+    let scratch = Scratch::new();
+    let mut prng = Prng::new(21);
+    let mut of =
+        |name: &str, shape: &[usize]| Tensor::random(&mut prng, name, Dtype::F32, shape, 0.5);
+    let base = [
+        of("model.layers.0.q.weight", &[16, 24]),
+        of("model.layers.0.k.weight", &[16, 24]),
+        of("model.layers.0.grown.weight", &[16, 24]),
+        of("model.layers.0.q.bias", &[16]),
+        of("model.norm.weight", &[24]),
+        of("model.gone.weight", &[24, 24]),
+    ];
+    let mut tuned = |name: &str| {
+        let mut tensors: Vec<Tensor> =
+            base[..5].iter().map(|tensor| of(&tensor.name, &tensor.shape)).collect();
+        tensors[2] = of("model.layers.0.grown.weight", &[20, 24]);
+        tensors.push(of("model.new.weight", &[24, 24]));
+        crate::support::write_tensors(&scratch.path(name), &tensors, &[]);
+    };
+    tuned("one.safetensors");
+    tuned("two.safetensors");
+    let mut values = base[1].values();
+    values[5] = f64::NAN;
+    let mut base = base.to_vec();
+    base[1] = Tensor::new(&base[1].name, Dtype::F32, &[16, 24], &values);
+    crate::support::write_tensors(&scratch.path("from.safetensors"), &base, &[]);
+    let compare = ["compare", "one.safetensors", "two.safetensors", "--base", "from.safetensors"];
+    let ran = scratch.cli(&[&compare[..], &["--json"]].concat());
+    let report = report(&ran);
+    let passed: Vec<(&str, &str)> = (report["passed_over"].as_array().unwrap())
+        .iter()
+        .map(|one| (one["parameter"].as_str().unwrap(), one["reason"].as_str().unwrap()))
+        .collect();
+    for (name, reason) in [
+        ("model.layers.0.grown.weight", "became"),
+        ("model.layers.0.q.bias", "is no matrix with directions"),
+        ("model.norm.weight", "is no matrix with directions"),
+        ("model.layers.0.k.weight", "are NaN or infinite"),
+    ] {
+        let told = passed.iter().any(|one| one.0 == name && one.1.contains(reason));
+        assert!(told, "{name}: {passed:?}");
+    }
+    let notes = report["notes"].to_string();
+    for name in ["`model.gone.weight`", "`model.new.weight`"] {
+        assert!(notes.contains(name), "{notes}");
+    }
+}
+
+/// A weight that cannot be met, and a module that the base does not have.
+#[test]
+fn what_is_not_measured_against_the_base_has_a_reason() {
+    let scratch = Scratch::new();
+    let mut prng = Prng::new(22);
+    for name in ["one", "two"] {
+        let factors = ["model.layers.0.q", "model.layers.0.other"]
+            .map(|module| Factors::random(&mut prng, module, (16, 24, 4), Dtype::F32, 0.3));
+        write_adapter(&scratch.path(name), &factors, &json!({}));
+    }
+    let mut weight =
+        Tensor::random(&mut prng, "model.layers.0.q.weight", Dtype::F32, &[16, 24], 1.0);
+    let mut values = weight.values();
+    values[3] = f64::INFINITY;
+    weight = Tensor::new(&weight.name, Dtype::F32, &[16, 24], &values);
+    crate::support::write_tensors(&scratch.path("odd.safetensors"), &[weight], &[]);
+    let ran = scratch.cli(&["compare", "one", "two", "--base", "odd.safetensors", "--json"]);
+    let report = report(&ran);
+    assert_eq!(tensors(&report).len(), 2);
+    let notes = report["notes"].to_string();
+    assert!(notes.contains("not measured against the base: `model.layers.0.other`"), "{notes}");
+    assert!(notes.contains("2 targets have no amplification"), "{notes}");
+    let reasons: Vec<&str> =
+        tensors(&report).iter().map(|one| one["not_amplified"].as_str().unwrap()).collect();
+    assert_eq!(
+        reasons,
+        [
+            "the base has no such weight, or none that is read",
+            "1 elements of the base's weight are NaN or infinite"
+        ]
     );
 }
 

@@ -5,7 +5,7 @@ use std::path::Path;
 use lora_format::Dtype;
 use serde_json::Value;
 
-use crate::support::{Prng, Tensor, read_tensors, write_tensors};
+use crate::support::{Prng, Tensor, fixtures, read_tensors, write_tensors};
 use crate::{Ran, Scratch, peft, text};
 
 /// A base of two layers with norms, biases and an embedding, and a fine-tune of which the matrices
@@ -99,6 +99,89 @@ fn number(value: &Value) -> f64 {
     value.as_f64().unwrap()
 }
 
+/// Two models of one matrix each, 320 × 300: beyond the sizes that the Gram matrix is taken for. The
+/// fine-tune has `rank` components more, each weaker than the one before by `falls`.
+fn large(rank: usize, falls: f64) -> Scratch {
+    const ROWS: usize = 320;
+    const COLS: usize = 300;
+    const NAME: &str = "model.layers.0.q_proj.weight";
+    let scratch = Scratch::new();
+    let mut prng = Prng::new(13);
+    let base = prng.values(ROWS * COLS, 0.5);
+    let (b, a) = (prng.values(ROWS * rank, 0.5), prng.values(rank * COLS, 0.5));
+    let sizes: Vec<f64> = (0..rank).map(|k| falls.powi(k as i32)).collect();
+    let tuned: Vec<f64> = (0..ROWS * COLS)
+        .map(|at| {
+            let (row, col) = (at / COLS, at % COLS);
+            let part = |k: usize| sizes[k] * b[row * rank + k] * a[k * COLS + col];
+            base[at] + (0..rank).map(part).sum::<f64>()
+        })
+        .collect();
+    for (file, values) in [("from.safetensors", base), ("to.safetensors", tuned)] {
+        let matrix = Tensor::new(NAME, Dtype::F32, &[ROWS, COLS], &values);
+        write_tensors(&scratch.path(file), &[matrix], &[]);
+    }
+    scratch
+}
+
+/// The report of an extraction from `from` to `to`.
+fn report(scratch: &Scratch, arguments: &[&str]) -> Value {
+    let first = ["extract", "from.safetensors", "to.safetensors", "--json", "--force"];
+    let ran = scratch.cli(&[&first[..], arguments].concat());
+    assert_eq!(ran.code, Some(0), "{}", ran.stderr);
+    serde_json::from_str(&ran.stdout).unwrap()
+}
+
+#[test]
+fn a_large_matrix_is_decomposed_as_far_as_it_is_asked_for() {
+    let scratch = large(60, 0.9);
+    let options = ["--rank", "8", "-o", "a.safetensors"];
+    let leading = &report(&scratch, &options)["tensors"][0];
+    let all = report(&scratch, &[&options[..], &["--exact"]].concat());
+    let all = &all["tensors"][0];
+    assert_eq!((&leading["exact"], &all["exact"]), (&Value::Bool(false), &Value::Bool(true)));
+    let [best, found] = [all, leading].map(|one| number(&one["residual"]));
+    assert!(found >= best * (1.0 - 1e-6) && found <= best * 1.01, "{found} {best}");
+    assert!(number(&leading["optimal_residual_at_least"]) <= best * (1.0 + 1e-9));
+    assert!(leading["products"].as_u64() < all["products"].as_u64());
+}
+
+/// All that there is of a large matrix of a low rank, without computing the zeros.
+#[test]
+fn the_rank_of_a_large_matrix_is_found() {
+    let scratch = large(8, 0.9);
+    for (policy, bound) in [
+        (&["--rank", "auto"][..], "known"),
+        (&["--sv-ratio", "1e4"], "known"),
+        (&["--rank", "20"], "policy"),
+    ] {
+        let report = report(&scratch, &[policy, &["-o", "a.safetensors"]].concat());
+        let found = &report["tensors"][0];
+        assert_eq!((&found["rank"], &found["exact"]), (&Value::from(8), &Value::Bool(false)));
+        assert!(number(&found["relative_error"]) < 1e-6, "{policy:?} {found}");
+        assert_eq!(found["rank_decided_by"], bound);
+    }
+}
+
+#[test]
+fn a_share_of_all_values_is_found_in_a_large_matrix() {
+    let scratch = large(60, 0.9);
+    let options = ["--sv-cumulative", "0.8", "-o", "a.safetensors"];
+    let unbound = &report(&scratch, &options)["tensors"][0];
+    let values: Vec<f64> =
+        unbound["singular_values"].as_array().unwrap().iter().map(number).collect();
+    assert_eq!(values.len(), 300);
+    let reached = |rank: usize| values[..rank].iter().sum::<f64>() / values.iter().sum::<f64>();
+    let rank = unbound["rank"].as_u64().unwrap() as usize;
+    assert!(reached(rank) >= 0.8 && reached(rank - 1) < 0.8, "{rank}");
+    for (maximum, expected, bound) in [("40", rank, "policy"), ("5", 5, "maximum")] {
+        let bounded = report(&scratch, &[&options[..], &["--max-rank", maximum]].concat());
+        let found = &bounded["tensors"][0];
+        assert_eq!(found["rank"].as_u64(), Some(expected as u64), "{maximum}");
+        assert_eq!(found["rank_decided_by"], bound, "{maximum}");
+    }
+}
+
 #[test]
 fn a_known_rank_is_found_and_the_change_restored() {
     let pair = Pair::new(Dtype::F32, 3);
@@ -187,6 +270,21 @@ fn a_budget_is_kept_to() {
     assert!(ran.stderr.contains("the minimum ranks alone take"), "{}", ran.stderr);
 }
 
+/// A change that has fewer ranks than are allotted gets those alone, pays for no others, and could not
+/// have been given more.
+#[test]
+fn a_budget_is_not_spent_on_what_is_not_there() {
+    let scratch = large(3, 0.9);
+    let bytes = ((320 + 300) * 4 * 10).to_string();
+    for minimum in ["0", "5"] {
+        let options = ["--budget", &bytes, "--min-rank", minimum, "-o", "a.safetensors"];
+        let report = report(&scratch, &options);
+        assert_eq!(report["tensors"][0]["rank"], 3);
+        assert_eq!(report["budget"]["spent"], (320 + 300) * 4 * 3);
+        assert_eq!(report["budget"]["capped"].as_array().unwrap().len(), 0);
+    }
+}
+
 #[test]
 fn rules_decide_for_what_they_match() {
     let pair = Pair::new(Dtype::F32, 20);
@@ -206,6 +304,12 @@ fn rules_decide_for_what_they_match() {
             ("model.layers.1.down_proj.weight", 2)
         ]
     );
+    // What a rule skips, or what gets no factors anyway, need not have changed or be a layer.
+    for rule in ["embed_tokens=skip", "fixed=skip", "fixed=3", "input_layernorm=skip"] {
+        let ran = pair.extract(&["--rank", "6", "--rank-for", rule, "-o", "c.safetensors"]);
+        assert_eq!(ran.code, Some(0), "{rule}: {}", ran.stderr);
+        std::fs::remove_file(pair.path("c.safetensors")).unwrap();
+    }
     let ran = pair.extract(&["--rank", "6", "--rank-for", "k_proj=2", "-o", "b.safetensors"]);
     assert_eq!(ran.code, Some(2));
     assert!(ran.stderr.contains("--rank-for k_proj"), "{}", ran.stderr);
@@ -242,6 +346,147 @@ fn a_peft_directory_says_the_same() {
         std::fs::read(pair.path("m.safetensors")).unwrap()
     };
     assert!(merge("a.safetensors") == merge("a"));
+}
+
+/// Interrupted (here by a factor that f16 does not hold), damaged, and gone on with.
+#[test]
+fn finished_targets_are_taken_up_again() {
+    const LAST: &str = "model.layers.1.q_proj.weight";
+    let pair = Pair::new(Dtype::F32, 9);
+    let tuned = pair.path("to.safetensors");
+    let sound: Vec<Tensor> = read_tensors(&tuned).into_values().collect();
+    let large: Vec<Tensor> = (sound.iter())
+        .map(|tensor| match tensor.name.as_str() {
+            LAST => {
+                let values: Vec<f64> = tensor.values().iter().map(|x| x * 1e12).collect();
+                Tensor::new(LAST, Dtype::F32, &[ROWS, COLS], &values)
+            }
+            name => tensor.renamed(name),
+        })
+        .collect();
+    let time = std::time::SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(1_000_000_000);
+    let put = |tensors: &[Tensor]| {
+        write_tensors(&tuned, tensors, &[]);
+        let file = std::fs::File::options().write(true).open(&tuned).unwrap();
+        file.set_modified(time).unwrap();
+    };
+    let arguments = ["--rank", "4", "--dtype", "f16", "--threads", "1", "-o"];
+    let extract = |output: &str, more: &[&str]| {
+        let ran = pair.extract(&[&arguments[..], &[output], more].concat());
+        (ran.code, ran.stderr)
+    };
+    put(&sound);
+    assert_eq!(extract("whole.safetensors", &[]).0, Some(0));
+    let whole = std::fs::read(pair.path("whole.safetensors")).unwrap();
+    put(&large);
+    let (code, stderr) = extract("a.safetensors", &[]);
+    assert_eq!(code, Some(2));
+    assert!(stderr.contains("hint: choose a dtype with a larger range"), "{stderr}");
+    assert!(stderr.contains("3 finished targets are kept"), "{stderr}");
+    put(&sound);
+    let work = pair.path(".a.safetensors.extract");
+    let mut parts: Vec<std::path::PathBuf> = (std::fs::read_dir(&work).unwrap())
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.extension().is_some())
+        .collect();
+    parts.sort();
+    assert_eq!(parts.len(), 3);
+    let kept: Vec<Vec<u8>> = parts.iter().map(|path| std::fs::read(path).unwrap()).collect();
+    let again = |changed: [&[u8]; 3], equal: bool| {
+        for (path, bytes) in parts.iter().zip(changed) {
+            std::fs::write(path, bytes).unwrap();
+        }
+        // `--resume` removes them in the end.
+        let copy = pair.path("copy");
+        crate::support::copy_directory(&work, &copy);
+        let (code, stderr) = extract("a.safetensors", &["--resume"]);
+        assert_eq!(code, Some(0), "{stderr}");
+        std::fs::rename(copy, &work).unwrap();
+        let found = std::fs::read(pair.path("a.safetensors")).unwrap();
+        assert_eq!(found == whole, equal);
+        std::fs::remove_file(pair.path("a.safetensors")).unwrap();
+    };
+    let [first, second, third] = [0, 1, 2].map(|at| kept[at].as_slice());
+    again([first, second, third], true);
+    // Another pair's, and two that are damaged.
+    again([second, &[], &third[..40]], true);
+    // They are taken indeed.
+    let mut other = second.to_vec();
+    *other.last_mut().unwrap() ^= 1;
+    again([first, &other, third], false);
+    // Not of models that are read in another way.
+    std::fs::write(
+        work.join("signature"),
+        std::fs::read_to_string(work.join("signature")).unwrap().replace(
+            "q_proj.weight: linear [48, 40] (out, in)",
+            "q_proj.weight: linear [48, 40] (in, out)",
+        ),
+    )
+    .unwrap();
+    let (code, stderr) = extract("a.safetensors", &["--resume"]);
+    assert_eq!(code, Some(2));
+    assert!(stderr.contains("it was `model.layers.0.q_proj.weight = "), "{stderr}");
+}
+
+/// A directory that has the name and is not ours is left alone.
+#[test]
+fn another_directory_is_not_removed() {
+    let pair = Pair::new(Dtype::F32, 2);
+    let work = pair.path(".a.safetensors.extract");
+    std::fs::create_dir(&work).unwrap();
+    std::fs::write(work.join("thesis.txt"), "years of work").unwrap();
+    for more in [&["--resume"][..], &[], &["--force"]] {
+        let ran = pair.extract(&[&["--rank", "4", "-o", "a.safetensors"], more].concat());
+        assert_eq!(ran.code, Some(2));
+        assert!(ran.stderr.contains("it is not the work of an extraction"), "{}", ran.stderr);
+    }
+    std::fs::remove_file(work.join("thesis.txt")).unwrap();
+    let ran = pair.extract(&["--rank", "4", "-o", "a.safetensors"]);
+    assert_eq!(ran.code, Some(0), "{}", ran.stderr);
+}
+
+/// What cannot be written in the end is refused in the beginning: nothing is left behind or changed.
+#[test]
+fn outputs_are_checked_before_the_work() {
+    let pair = Pair::new(Dtype::F32, 2);
+    std::fs::write(pair.path("old.csv"), "mine").unwrap();
+    let before = crate::support::listing(pair.scratch.root());
+    let base = std::fs::read(pair.path("from.safetensors")).unwrap();
+    for (more, why) in [
+        (&["--csv", "old.csv"][..], "old.csv: already exists"),
+        (&["--csv", "from.safetensors", "--force"], "the input"),
+        (&["--csv", "to.safetensors", "--force"], "the input"),
+        (&["--csv", "a.safetensors"], "is where the adapter goes"),
+    ] {
+        let ran = pair.extract(&[&["--rank", "4", "-o", "a.safetensors"], more].concat());
+        assert_eq!(ran.code, Some(2), "{more:?}");
+        assert!(ran.stderr.contains(why), "{}", ran.stderr);
+    }
+    assert_eq!(crate::support::listing(pair.scratch.root()), before);
+    assert!(std::fs::read(pair.path("from.safetensors")).unwrap() == base);
+    let budget = ["--budget", "1MB", "--resume", "-o", "a.safetensors"];
+    let ran = pair.extract(&budget);
+    assert_eq!(ran.code, Some(2));
+    assert!(ran.stderr.contains("keeps none"), "{}", ran.stderr);
+}
+
+/// PEFT would look for every layer in a module that is replaced: that is told before the work.
+#[test]
+fn what_peft_has_no_place_for_is_refused_before_the_work() {
+    let pair = Pair::new(Dtype::F32, 2);
+    for (file, value) in [("from.safetensors", 1.0), ("to.safetensors", 2.0)] {
+        let mut tensors: Vec<Tensor> = read_tensors(&pair.path(file)).into_values().collect();
+        tensors.push(Tensor::new("model.token", Dtype::F32, &[COLS], &[value; COLS]));
+        write_tensors(&pair.path(file), &tensors, &[]);
+    }
+    let full = ["--rank", "2", "--full", "model.token"];
+    let ran = pair.extract(&[&full[..], &["-o", "a", "--to", "peft"]].concat());
+    assert_eq!(ran.code, Some(2));
+    assert!(ran.stderr.contains("PEFT cannot hold a change of"), "{}", ran.stderr);
+    assert!(!ran.stderr.contains("finished targets"), "{}", ran.stderr);
+    assert!(!pair.path("a").exists() && !pair.path(".a.extract").exists());
+    let ran = pair.extract(&[&full[..], &["-o", "a.safetensors"]].concat());
+    assert_eq!(ran.code, Some(0), "{}", ran.stderr);
 }
 
 #[test]
@@ -368,4 +613,191 @@ fn a_table_that_is_the_head_too_is_stored_whole_as_both() {
         assert_eq!(tensors.contains_key(HEAD), from == "from.safetensors");
         assert_eq!(tensors["model.norm.weight"].values()[0], 2.0);
     }
+}
+
+/// A table that only the fine-tune ties became two parameters of the base, and is stored as both.
+#[test]
+fn a_fine_tune_that_ties_its_head_changed_both_ends() {
+    const TABLE: &str = "model.embed_tokens.weight";
+    const HEAD: &str = "lm_head.weight";
+    let scratch = Scratch::new();
+    let mut prng = Prng::new(14);
+    let of = |name: &str, values: &[f64]| Tensor::new(name, Dtype::F32, &[32, COLS], values);
+    let [table, head, after] = [(); 3].map(|()| prng.values(32 * COLS, 0.5));
+    for (model, tensors, tied) in [
+        ("from", vec![of(TABLE, &table), of(HEAD, &head)], false),
+        ("to", vec![of(TABLE, &after)], true),
+    ] {
+        let directory = scratch.path(model);
+        std::fs::create_dir(&directory).unwrap();
+        write_tensors(&directory.join("model.safetensors"), &tensors, &[]);
+        let config = format!(r#"{{"model_type": "llama", "tie_word_embeddings": {tied}}}"#);
+        std::fs::write(directory.join("config.json"), config).unwrap();
+    }
+    let full = ["--rank", "4", "--full", "embeddings", "-o", "a.safetensors", "--json"];
+    let ran = scratch.cli(&[&["extract", "from", "to"][..], &full].concat());
+    assert_eq!(ran.code, Some(0), "{}", ran.stderr);
+    let report: Value = serde_json::from_str(&ran.stdout).unwrap();
+    let mut whole: Vec<&str> = (report["whole"].as_array().unwrap().iter())
+        .map(|one| one["parameter"].as_str().unwrap())
+        .collect();
+    whole.sort_unstable();
+    assert_eq!(whole, [HEAD, TABLE]);
+    let ran = scratch.cli(&["merge", "from", "a.safetensors", "-o", "merged"]);
+    assert_eq!(ran.code, Some(0), "{}", ran.stderr);
+    let merged = read_tensors(&scratch.path("merged/model.safetensors"));
+    let stored = of(TABLE, &after).values();
+    assert!(merged[TABLE].values() == stored && merged[HEAD].values() == stored);
+}
+
+/// A model in FP8, and the values that it stands for with something added to the first matrix.
+fn quantised() -> (Scratch, String) {
+    let scratch = Scratch::new();
+    let case = fixtures().join("quantised/fp8-block");
+    let mut tensors: Vec<Tensor> =
+        read_tensors(&case.join("expected.safetensors")).into_values().collect();
+    let mut prng = Prng::new(15);
+    for tensor in &mut tensors {
+        let (b, a) = (prng.values(tensor.shape[0], 0.5), prng.values(tensor.shape[1], 0.5));
+        let cols = tensor.shape[1];
+        let values: Vec<f64> = (tensor.values().iter().enumerate())
+            .map(|(at, value)| value + b[at / cols] * a[at % cols])
+            .collect();
+        *tensor = Tensor::new(&tensor.name, Dtype::F32, &tensor.shape, &values);
+    }
+    write_tensors(&scratch.path("plain.safetensors"), &tensors, &[]);
+    (scratch, text(&case.join("base")).to_owned())
+}
+
+#[test]
+fn what_the_fine_tune_has_quantised_is_not_stored_whole() {
+    let (scratch, model) = quantised();
+    let from = ["extract", "plain.safetensors", &model, "-o", "x.safetensors", "--rank", "2"];
+    let ran = scratch.cli(&[&from[..], &["--full", "q_proj"]].concat());
+    assert_eq!(ran.code, Some(2));
+    let expected = "q_proj.weight` cannot be stored whole: the fine-tuned model has it quantised";
+    assert!(ran.stderr.contains(expected), "{}", ran.stderr);
+    assert!(!scratch.path("x.safetensors").exists());
+    let ran = scratch.cli(&from);
+    assert_eq!(ran.code, Some(0), "{}", ran.stderr);
+}
+
+/// The values of a quantised base are not those of any file: there is no fingerprint of them.
+#[test]
+fn a_quantised_base_is_extracted_from() {
+    let (scratch, model) = quantised();
+    for (to, output) in [("lora", "a.safetensors"), ("peft", "a")] {
+        let ran = scratch.cli(&[
+            "extract",
+            &model,
+            "plain.safetensors",
+            "--rank",
+            "1",
+            "-o",
+            output,
+            "--to",
+            to,
+        ]);
+        assert_eq!(ran.code, Some(0), "{to}: {}", ran.stderr);
+        assert!(ran.stderr.contains("they include what quantising lost"), "{}", ran.stderr);
+        let noted = ran.stderr.contains("note: no fingerprint of the base: ");
+        assert_eq!(noted, to == "lora", "{}", ran.stderr);
+        let merge = ["merge", &model, output, "-o", "m", "--dtype", "f32", "--force"];
+        let ran = scratch.cli(&merge);
+        assert_eq!(ran.code, Some(0), "{to}: {}", ran.stderr);
+        let merged = crate::support::read_model(&scratch.path("m"));
+        for (name, tensor) in read_tensors(&scratch.path("plain.safetensors")) {
+            for (x, y) in tensor.values().iter().zip(merged[&name].values()) {
+                assert!((x - y).abs() < 1e-5, "{name}: {x} {y}");
+            }
+        }
+    }
+}
+
+/// Tolerances below what the leading values tell in f32, of values that fall that far.
+#[test]
+fn fine_tolerances_are_met_or_told() {
+    let scratch = large(60, 0.7);
+    let run = |arguments: &[&str]| {
+        let first = ["extract", "from.safetensors", "to.safetensors", "--force"];
+        let output = ["-o", "a.safetensors", "--json"];
+        let ran = scratch.cli(&[&first[..], arguments, &output].concat());
+        assert_eq!(ran.code, Some(0), "{}", ran.stderr);
+        let report: Value = serde_json::from_str(&ran.stdout).unwrap();
+        (report["tensors"][0].clone(), ran.stderr)
+    };
+    for tolerance in ["1e-4", "1e-5", "1e-6"] {
+        let (found, stderr) = run(&["--tolerance", tolerance]);
+        let wanted: f64 = tolerance.parse().unwrap();
+        assert_eq!(found["exact"], true);
+        assert!(number(&found["relative_error"]) <= wanted * 1.001, "{tolerance}: {found}");
+        assert!(!stderr.contains("a larger error than was asked for"), "{stderr}");
+        let rank = found["rank"].as_u64().unwrap();
+        let values: Vec<f64> =
+            found["singular_values"].as_array().unwrap().iter().map(number).collect();
+        let before = values[rank as usize - 1..].iter().map(|x| x * x).sum::<f64>().sqrt();
+        assert!(before > wanted * number(&found["norm"]), "{tolerance}: a smaller rank does");
+    }
+    let (found, stderr) = run(&["--tolerance", "1e-4", "--dtype", "bf16"]);
+    assert!(number(&found["relative_error"]) > 1e-4);
+    assert!(stderr.contains("1 targets have a larger error than was asked for"), "{stderr}");
+    // Where a greatest rank leaves more anyway, the leading values are enough.
+    let (found, stderr) = run(&["--tolerance", "1e-5", "--max-rank", "8"]);
+    assert_eq!((&found["rank"], &found["exact"]), (&Value::from(8), &Value::Bool(false)));
+    assert_eq!(found["rank_decided_by"], "maximum");
+    assert!(!stderr.contains("a larger error than was asked for"), "{stderr}");
+}
+
+/// The estimate that is printed is the one that chose the rank.
+#[test]
+fn the_noise_estimate_is_the_one_that_chose() {
+    let pair = Pair::new(Dtype::Bf16, 4);
+    let small = pair.report(&["--rank", "auto", "-o", "a.safetensors"]);
+    let scratch = large(300, 0.98);
+    let large = report(&scratch, &["--rank", "auto", "-o", "a.safetensors"]);
+    for one in small["tensors"].as_array().unwrap().iter().chain([&large["tensors"][0]]) {
+        let threshold = number(&one["noise"]["threshold"]);
+        let values: Vec<f64> =
+            one["singular_values"].as_array().unwrap().iter().map(number).collect();
+        let above = values.iter().filter(|&&value| value > threshold).count();
+        assert_eq!(one["rank"].as_u64(), Some(above as u64), "{one}");
+    }
+}
+
+/// The norms are told to be worth more only where that is known.
+#[test]
+fn norms_are_recommended_on_evidence() {
+    const NAME: &str = "model.layers.0.q_proj.weight";
+    const NORM: &str = "model.layers.0.input_layernorm.weight";
+    for (share, recommended) in [(2.2, false), (4.0, true)] {
+        let scratch = large(200, 0.999);
+        for (file, change) in [("from.safetensors", 0.0), ("to.safetensors", share)] {
+            let path = scratch.path(file);
+            let matrix = read_tensors(&path).remove(NAME).unwrap();
+            let norm = Tensor::new(NORM, Dtype::F32, &[300], &[1.0 + change; 300]);
+            write_tensors(&path, &[norm, matrix], &[]);
+        }
+        let run = ["extract", "from.safetensors", "to.safetensors", "--rank", "40", "-o"];
+        let ran = scratch.cli(&[&run[..], &["a.safetensors", "--force"]].concat());
+        assert_eq!(ran.code, Some(0), "{}", ran.stderr);
+        assert_eq!(ran.stderr.contains("consider --full norms"), recommended, "{}", ran.stderr);
+    }
+}
+
+#[test]
+fn the_memory_bound_is_stated() {
+    let scratch = large(60, 0.9);
+    let bound = &report(&scratch, &["--rank", "4", "-o", "a.safetensors"])["memory_bound_bytes"];
+    // The Gram matrix alone, and its eigenvectors.
+    assert!(bound.as_u64().unwrap() > 2 * 300 * 300 * 8, "{bound}");
+    let ran = scratch.cli(&[
+        "extract",
+        "from.safetensors",
+        "to.safetensors",
+        "--rank",
+        "4",
+        "-o",
+        "b.safetensors",
+    ]);
+    assert!(ran.stderr.contains("memory: decomposing takes "), "{}", ran.stderr);
 }

@@ -112,6 +112,7 @@ struct JsonTensor<'a> {
     base_norm: Option<f64>,
     amplification_a: Option<Vec<JsonAmplification>>,
     amplification_b: Option<Vec<JsonAmplification>>,
+    not_amplified: Option<&'a str>,
 }
 
 #[derive(Debug, Serialize)]
@@ -151,7 +152,26 @@ impl Input {
     fn notes(&self) -> Vec<String> {
         match self {
             Input::Adapter(adapter) => adapter.notes.iter().map(ToString::to_string).collect(),
-            Input::Tuned(pairing) => pairing.notes.iter().map(ToString::to_string).collect(),
+            Input::Tuned(pairing) => {
+                let mut notes: Vec<String> =
+                    pairing.notes.iter().map(ToString::to_string).collect();
+                let (tuned, base) = (pairing.tuned.path(), pairing.base.path());
+                for (model, names) in [(tuned, &pairing.only_tuned), (base, &pairing.only_base)] {
+                    if let Some(first) = names.first() {
+                        let (path, more) = (model.display(), names.len());
+                        notes.push(format!(
+                            "{path}: {more} parameters that the other does not have: `{first}`{}",
+                            if more > 1 { ", …" } else { "" }
+                        ));
+                    }
+                }
+                let grown = pairing.pairs.iter().filter(|one| one.rows_added() > 0);
+                notes.extend(grown.map(|one| {
+                    let rows = one.rows_added();
+                    format!("`{}`: {rows} rows are new and are not compared", one.name)
+                }));
+                notes
+            }
         }
     }
 }
@@ -180,6 +200,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
         compare(subject_a, subject_b, base.as_ref(), &options, progress)
     })?;
     refuse_nothing(arguments, &comparison)?;
+    notes.extend(comparison.notes.iter().cloned());
+    notes.extend(unmet(&comparison));
     if let Some(rename) = &comparison.rename {
         notes.push(format!("names differ in B: {rename}"));
     }
@@ -224,12 +246,10 @@ fn refuse_nothing(arguments: &Arguments, comparison: &Comparison) -> Result<(), 
         return Ok(());
     }
     let (a, b) = (arguments.a.display(), arguments.b.display());
-    if let Some(first) = comparison.passed.first() {
+    if let (1.., Some(first)) = (comparison.common, comparison.passed.first()) {
         let message = format!(
             "{a} and {b}: none of {} common targets can be compared: `{}`: {}",
-            comparison.passed.len(),
-            first.name,
-            first.reason
+            comparison.common, first.name, first.reason
         );
         return Err(Failure::new(message, None));
     }
@@ -253,6 +273,17 @@ fn refuse_nothing(arguments: &Arguments, comparison: &Comparison) -> Result<(), 
         Some(_) => "were both trained on this base?",
     };
     Err(Failure::new(message, Some(hint)))
+}
+
+/// Of how many targets it is not known how they meet the base's weight, and why of the first.
+fn unmet(comparison: &Comparison) -> Option<String> {
+    let mut unmet = comparison.targets.iter().filter_map(|one| Some((one, one.unmet.as_ref()?)));
+    let (first, reason) = unmet.next()?;
+    Some(format!(
+        "{} targets have no amplification, such as `{}`: {reason}",
+        1 + unmet.count(),
+        first.name
+    ))
 }
 
 fn rows(matrix: &Array2<f64>) -> Vec<Vec<f64>> {
@@ -310,6 +341,7 @@ fn describe_target(one: &TargetComparison) -> JsonTensor<'_> {
         base_norm: amplified.map(|one| one.base_norm),
         amplification_a: amplified.map(|one| amplification(&one.a)),
         amplification_b: amplified.map(|one| amplification(&one.b)),
+        not_amplified: one.unmet.as_deref(),
     }
 }
 

@@ -19,12 +19,12 @@ use lora_merge::output::refuse_input;
 use lora_merge::pair::{Kind, Pairing};
 use lora_merge::resize::Ranks;
 use lora_merge::svd::SvdOptions;
-use lora_merge::{Bytes, Error};
+use lora_merge::{Bytes, Error, PlanProblem};
 use serde::Serialize;
 
-use super::WriteArguments;
 use super::adapter_output::OutputFormat;
 use super::rank_arguments::{RankArguments, RankChoice};
+use super::{WriteArguments, check_table};
 use crate::failure::{Failure, Outcome};
 use crate::{printer, progress};
 
@@ -124,10 +124,19 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
         let message = format!("--accuracy {}: not a share of the error", arguments.accuracy);
         return Err(Failure::new(message, Some("0.01 is one per cent above the optimum")));
     }
+    if arguments.resume && matches!(ranks, Ranks::Budget { .. }) {
+        return Err(Failure::new(
+            "--resume: an extraction with a budget finishes no target before all are decomposed, and \
+             keeps none",
+            Some("start it afresh, without --resume"),
+        ));
+    }
     let output = &arguments.output;
     refuse_input(output, &arguments.base)?;
     refuse_input(output, &arguments.tuned)?;
     arguments.to.check_replaced(output, &arguments.write)?;
+    let inputs = [arguments.base.as_path(), arguments.tuned.as_path()];
+    check_table(arguments.csv.as_deref(), &arguments.write, Some(output), &inputs)?;
     let base = Checkpoint::open(&arguments.base)?;
     let tuned = Checkpoint::open(&arguments.tuned)?;
     printer::notes(base.notes().iter().chain(tuned.notes()));
@@ -147,53 +156,65 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
         threads: arguments.threads,
     };
     let mapped = pairing.open()?;
-    let work = WorkDirectory::open(output, &signature, arguments.resume)?;
+    let work = WorkDirectory::open(output, &signature, &pairing, arguments.resume)?;
     let progress = Arc::new(Progress::default());
     let total = Extraction::total(&pairing);
-    let made = progress::watch(total, arguments.quiet, &progress, || {
+    let made = progress::watch(total, arguments.quiet, &progress, || -> Result<_, Failure> {
         let extraction = Extraction::plan(&mapped, &mut options, &progress)?;
-        extraction.run(&work, &progress)
+        if arguments.to == OutputFormat::Peft {
+            // What PEFT has no place for is told before the work, not after.
+            let mut outline = extraction.outline()?;
+            add_siblings(&mut outline, &pairing)?;
+            peft::check(&outline)?;
+        }
+        Ok(extraction.run(&work, &progress)?)
     });
-    let (mut adapter, report) = match made {
+    let made = made.and_then(|(mut adapter, report)| {
+        let note = finish(arguments, &mut adapter, &pairing)?;
+        arguments.to.write(&adapter, output, &arguments.write)?;
+        Ok((adapter, report, note))
+    });
+    let (adapter, report, note) = match made {
         Ok(made) => made,
-        Err(error) => return Err(stopped(error, work)),
+        Err(failure) => return Err(stopped(failure, work)),
     };
-    adapter.base.fingerprint = Some(identity::stamp(&adapter, &pairing.base)?);
-    let mut siblings = Vec::new();
-    if arguments.to == OutputFormat::Peft {
-        adapter.base.fingerprint = None;
-        siblings = add_siblings(&mut adapter, &pairing)?;
-    }
-    arguments.to.write(&adapter, output, &arguments.write)?;
     work.remove()?;
     if let Some(path) = &arguments.csv {
         let (overwrite, durability) = (arguments.write.overwrite(), arguments.write.durability());
         atomic::write(path, &[csv(&report).as_bytes()], overwrite, durability)?;
     }
     let mut notes: Vec<String> = pairing.notes.iter().map(ToString::to_string).collect();
-    let names = |names: &[String]| {
-        let shown: Vec<String> = names.iter().take(3).map(|name| format!("`{name}`")).collect();
-        let more = if names.len() > 3 { ", …" } else { "" };
-        format!("{}{more}", shown.join(", "))
-    };
     for (side, list) in [("base", &pairing.only_base), ("fine-tuned model", &pairing.only_tuned)] {
         if !list.is_empty() {
-            notes.push(format!("only the {side} has {} parameters: {}", list.len(), names(list)));
+            notes.push(format!("only the {side} has {} parameters: {}", list.len(), few(list)));
         }
     }
     let reshaped: Vec<String> = pairing.reshaped.iter().map(|one| one.name.clone()).collect();
     if !reshaped.is_empty() {
-        notes.push(format!("of other shapes, and left out: {}", names(&reshaped)));
+        notes.push(format!("of other shapes, and left out: {}", few(&reshaped)));
     }
     let incomparable: Vec<String> =
         pairing.incomparable.iter().map(|one| one.name.clone()).collect();
     if !incomparable.is_empty() {
-        notes.push(format!("changed in dtypes that are not compared: {}", names(&incomparable)));
+        notes.push(format!("changed in dtypes that are not compared: {}", few(&incomparable)));
     }
     notes.extend(report.notes.iter().cloned());
-    if !siblings.is_empty() {
-        let what = "unchanged, and stored because PEFT saves whole modules";
-        notes.push(format!("{what}: {}", names(&siblings)));
+    notes.extend(note);
+    if report.quantised > 0 {
+        notes.push(format!(
+            "{} of the factored changes are of weights that one of the models has quantised: they \
+             include what quantising lost",
+            report.quantised
+        ));
+    }
+    if !report.missed.is_empty() {
+        notes.push(format!(
+            "{} targets have a larger error than was asked for, since their factors are rounded to \
+             {}: {}",
+            report.missed.len(),
+            arguments.dtype.dtype(),
+            few(&report.missed)
+        ));
     }
     printer::notes(&notes);
     let bytes: u64 = adapter.tensors().map(|tensor| tensor.bytes().len() as u64).sum();
@@ -205,8 +226,40 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
     Ok(Outcome::Done)
 }
 
+/// The first few of some names.
+fn few(names: &[String]) -> String {
+    let shown: Vec<String> = names.iter().take(3).map(|name| format!("`{name}`")).collect();
+    let more = if names.len() > 3 { ", …" } else { "" };
+    format!("{}{more}", shown.join(", "))
+}
+
+/// What the format wants besides the changes: the base's fingerprint, if its values can be sampled, else
+/// a note that says why not; or the rest of the modules that PEFT saves whole.
+fn finish(
+    arguments: &Arguments,
+    adapter: &mut Adapter,
+    pairing: &Pairing,
+) -> Result<Option<String>, Failure> {
+    if arguments.to == OutputFormat::Peft {
+        let siblings = add_siblings(adapter, pairing)?;
+        let what = "unchanged, and stored because PEFT saves whole modules";
+        return Ok((!siblings.is_empty()).then(|| format!("{what}: {}", few(&siblings))));
+    }
+    match identity::stamp(adapter, &pairing.base) {
+        Ok(fingerprint) => adapter.base.fingerprint = Some(fingerprint),
+        Err(Error::Plan { problems, .. })
+            if problems.iter().all(|one| matches!(one, PlanProblem::Unsampled { .. })) =>
+        {
+            let problems: Vec<String> = problems.iter().map(ToString::to_string).collect();
+            return Ok(Some(format!("no fingerprint of the base: {}", problems.join("; "))));
+        }
+        Err(error) => return Err(error.into()),
+    }
+    Ok(None)
+}
+
 /// An extraction that stopped: what it finished is kept for `--resume`, if it is anything.
-fn stopped(error: Error, work: WorkDirectory) -> Failure {
+fn stopped(failure: Failure, work: WorkDirectory) -> Failure {
     match work.len() {
         0 => {
             let _nothing_in_it = work.remove();
@@ -216,7 +269,7 @@ fn stopped(error: Error, work: WorkDirectory) -> Failure {
              them, a run without it removes them"
         )),
     }
-    error.into()
+    failure
 }
 
 /// What PEFT needs of the base besides, as components.
@@ -241,7 +294,7 @@ fn add_siblings(adapter: &mut Adapter, pairing: &Pairing) -> Result<Vec<String>,
     Ok(needed)
 }
 
-/// What decides the result: files by path, size and time, and options.
+/// What decides the result: files by path, size and time, configurations and options.
 fn signature(arguments: &Arguments, base: &Checkpoint, tuned: &Checkpoint) -> String {
     let mut lines = vec![format!("lora-cli {}", env!("CARGO_PKG_VERSION"))];
     for shard in base.shards().iter().chain(tuned.shards()) {
@@ -251,6 +304,10 @@ fn signature(arguments: &Arguments, base: &Checkpoint, tuned: &Checkpoint) -> St
         let changed = metadata.and_then(|metadata| metadata.modified()).ok();
         let since = changed.and_then(|time| time.duration_since(std::time::UNIX_EPOCH).ok());
         lines.push(format!("{} {size} {since:?}", absolute(path).display()));
+    }
+    for model in [base, tuned] {
+        let config = model.config().and_then(|config| serde_json::to_string(config).ok());
+        lines.push(format!("config.json {}", config.unwrap_or_default()));
     }
     lines.push(format!(
         "{:?} full {:?} include {:?} {:?} accuracy {} exact {}",
@@ -320,6 +377,10 @@ fn text(arguments: &Arguments, report: &ExtractReport, bytes: u64) -> String {
             ));
         }
     }
+    lines.push(format!(
+        "memory: decomposing takes {} at most, beside the files and the adapter",
+        Bytes(report.memory_bound)
+    ));
     let total = Total::of(report);
     let of = if total.exact { "" } else { " (estimated)" };
     lines.push(format!(
@@ -373,7 +434,7 @@ fn not_held(report: &ExtractReport) -> Vec<String> {
             }
         ));
     }
-    // What the norms' share is worth, against what four times the rank would add.
+    // What the norms' share is worth, against the most that four times the rank would add.
     let small: f64 = report
         .left_out
         .iter()
@@ -385,19 +446,27 @@ fn not_held(report: &ExtractReport) -> Vec<String> {
         .targets
         .iter()
         .filter(|one| one.base_energy > 0.0)
-        .map(|one| {
-            let more = one.values.iter().skip(one.rank).take(3 * one.rank);
-            more.map(|value| value * value).sum::<f64>() / one.base_energy
-        })
+        .map(|one| most_gained(one, 3 * one.rank) / one.base_energy)
         .sum();
     if small > gained && !report.targets.is_empty() {
         lines.push(
-            "relative to the weights, the norms and biases left out changed by more than larger \
-             ranks would add, as far as the spectra were computed: consider --full norms,biases"
+            "relative to the weights, the norms and biases left out changed by more than four times \
+             the ranks would add: consider --full norms,biases"
                 .to_owned(),
         );
     }
     lines
+}
+
+/// A bound from above on the energy that so many ranks more would add: no value that was not computed is
+/// larger than the last that was, and no more is left than is left over.
+fn most_gained(one: &Extracted, ranks: usize) -> f64 {
+    let known: Vec<f64> =
+        one.values.iter().skip(one.rank).take(ranks).map(|value| value * value).collect();
+    let last = one.values.last().map_or(f64::INFINITY, |value| value * value);
+    let missing = (one.rows.min(one.cols).saturating_sub(one.rank)).min(ranks) - known.len();
+    let unknown = if missing == 0 { 0.0 } else { missing as f64 * last };
+    (known.iter().sum::<f64>() + unknown).min(one.residual)
 }
 
 fn relative_to_base(one: &Extracted) -> f64 {
@@ -485,6 +554,7 @@ struct JsonReport<'a> {
     output: String,
     format: &'static str,
     bytes: u64,
+    memory_bound_bytes: u64,
     tensors: Vec<JsonTensor<'a>>,
     total: JsonTotal,
     whole: Vec<JsonChange<'a>>,
@@ -570,6 +640,7 @@ fn describe<'a>(
         output: arguments.output.display().to_string(),
         format: arguments.to.name(),
         bytes,
+        memory_bound_bytes: report.memory_bound,
         tensors: report
             .targets
             .iter()

@@ -22,10 +22,11 @@ use std::path::Path;
 
 use clap::Args;
 use lora_format::container::safetensors::SafetensorsFile;
-use lora_format::io::atomic::{Durability, Overwrite};
+use lora_format::io::atomic::{self, Durability, Overwrite};
 use lora_format::model::AdapterFormat;
 use lora_format::native::{self, DigestVerdict};
 use lora_format::{Adapter, ReadOptions, json, limits};
+use lora_merge::output::refuse_input;
 use serde_json::{Map, Value};
 
 use crate::failure::Failure;
@@ -87,6 +88,30 @@ pub(crate) fn refuse_damaged(adapter: &Adapter) -> Result<(), Failure> {
             Err(Failure::new(message, Some("fetch the file again, or restore it from a copy")))
         }
     }
+}
+
+/// Refuses a table (`--csv`) that cannot be written in the end, or would replace what is read or
+/// written besides.
+pub(crate) fn check_table(
+    table: Option<&Path>,
+    write: &WriteArguments,
+    output: Option<&Path>,
+    inputs: &[&Path],
+) -> Result<(), Failure> {
+    let Some(path) = table else { return Ok(()) };
+    atomic::refuse_existing(path, write.overwrite())?;
+    if path.is_dir() {
+        let message = format!("{}: it is a directory", path.display());
+        return Err(Failure::new(message, Some("name a file")));
+    }
+    if output == Some(path) {
+        let message = format!("{}: is where the adapter goes", path.display());
+        return Err(Failure::new(message, Some("give --csv another path")));
+    }
+    for input in inputs {
+        refuse_input(path, input)?;
+    }
+    Ok(())
 }
 
 /// What every command that writes takes.

@@ -18,7 +18,7 @@ use serde::Serialize;
 
 use super::adapter_output::OutputFormat;
 use super::rank_arguments::{RankArguments, RankChoice};
-use super::{AdapterArguments, WriteArguments, refuse_damaged};
+use super::{AdapterArguments, WriteArguments, check_table, refuse_damaged};
 use crate::failure::{Failure, Outcome};
 use crate::{printer, progress};
 
@@ -155,7 +155,12 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
         }
         format.check_replaced(output, &arguments.write)?;
     }
-    check_table(arguments)?;
+    let inputs: Vec<&Path> = [Some(&arguments.adapter), arguments.base.as_ref()]
+        .into_iter()
+        .flatten()
+        .map(PathBuf::as_path)
+        .collect();
+    check_table(arguments.csv.as_deref(), &arguments.write, arguments.output.as_deref(), &inputs)?;
     let norms = match &arguments.base {
         Some(base) => Some(measure(arguments, &adapter, base)?),
         None => None,
@@ -197,22 +202,6 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
         printer::talk(text.trim_end());
     }
     Ok(Outcome::Done)
-}
-
-/// Refuses a table that cannot be written, or would replace what is read or written besides.
-fn check_table(arguments: &Arguments) -> Result<(), Failure> {
-    let Some(path) = &arguments.csv else { return Ok(()) };
-    if path.exists() && !arguments.write.force {
-        return Err(lora_format::Error::OutputExists { path: path.clone() }.into());
-    }
-    if arguments.output.as_ref() == Some(path) {
-        let message = format!("{}: is where the adapter goes", path.display());
-        return Err(Failure::new(message, Some("give --csv another path")));
-    }
-    for input in [Some(&arguments.adapter), arguments.base.as_ref()].into_iter().flatten() {
-        refuse_input(path, input)?;
-    }
-    Ok(())
 }
 
 /// The norms of the base's weights. Which of two tied tensors is meant does not matter: they are

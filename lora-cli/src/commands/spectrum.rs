@@ -243,6 +243,7 @@ fn one(arguments: &Arguments, path: &std::path::Path) -> Result<Found, Failure> 
     let mapped = pairing.as_ref().map(Pairing::open).transpose()?;
     let spectra =
         watch(&arguments.output, None, |progress| of_adapter(&adapter, mapped.as_ref(), progress))?;
+    notes.extend(spectra.notes.iter().cloned());
     if pairing.is_none() {
         notes.push("without --base, nothing is relative to ‖W0‖".to_owned());
     }

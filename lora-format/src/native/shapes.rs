@@ -73,7 +73,7 @@ const FORMS: [(&str, &[Slot]); 15] = [
 ];
 
 /// The magnitudes of a decomposed change.
-const MAGNITUDE: Slot = &[&[], &[("magnitude", "features")], &[("in_magnitude", "features")]];
+const MAGNITUDE: Slot = &[&[], &[("magnitude", "line")], &[("in_magnitude", "line")]];
 
 fn slots(form: &str) -> impl Iterator<Item = Slot> {
     let slots = FORMS.iter().find(|known| known.0 == form).map_or(&[] as &[Slot], |known| known.1);

@@ -20,13 +20,14 @@ pub(super) struct Changed<'a> {
     pub(super) components: Vec<&'a Component>,
 }
 
-/// The changes of an adapter, sorted by name.
+/// The changes of an adapter, sorted by name; and what of it the base does not have.
 pub(super) fn changes<'a>(
     adapter: &'a Adapter,
     base: Option<&Mapped<'_>>,
-) -> Result<Vec<Changed<'a>>> {
+) -> Result<(Vec<Changed<'a>>, Vec<String>)> {
     let pairing = base.map(Mapped::pairing);
-    let names = pairing.map(|pairing| weights::names(adapter, pairing)).transpose()?;
+    let (names, problems) =
+        pairing.map(|pairing| weights::names(adapter, pairing)).transpose()?.unzip();
     let mut all: BTreeMap<String, Changed<'a>> = BTreeMap::new();
     for (index, component) in adapter.components.iter().enumerate() {
         let own_name = component.target.name();
@@ -41,7 +42,10 @@ pub(super) fn changes<'a>(
         let changed = entry.or_insert(Changed { name, base: at, components });
         changed.components.push(component);
     }
-    Ok(all.into_values().collect())
+    let unknown = problems.into_iter().flatten();
+    let path = adapter.path.display();
+    let notes = unknown.map(|problem| format!("{path}: not measured against the base: {problem}"));
+    Ok((all.into_values().collect(), notes.collect()))
 }
 
 impl Changed<'_> {

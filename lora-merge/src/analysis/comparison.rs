@@ -6,7 +6,7 @@
 //! (left, the span of B's columns). An adapter has as many as its rank; a difference of two models
 //! has as many as the adapter that it is compared with, or as are asked for.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use lora_format::model::Adapter;
 use ndarray::{Array2, s};
@@ -66,8 +66,12 @@ pub struct Comparison {
     pub only_b: Vec<String>,
     /// The prefix of A's names that another one stands for in B's.
     pub rename: Option<Rename>,
-    /// Targets of one or both whose directions are not known.
+    /// How many targets both change, compared or not.
+    pub common: usize,
+    /// What one or both change and that has no directions, or none that are known; sorted.
     pub passed: Vec<PassedOver>,
+    /// What was noticed besides.
+    pub notes: Vec<String>,
 }
 
 /// Two changes of one weight.
@@ -90,8 +94,10 @@ pub struct TargetComparison {
     pub input: Side,
     /// The directions of the output: left singular vectors.
     pub output: Side,
-    /// How A and B meet the weight; `None` without a base, or if it has no such weight.
+    /// How A and B meet the weight; `None` without a base, or if [`unmet`](Self::unmet) says why not.
     pub amplified: Option<Amplified>,
+    /// Why how they meet the base's weight is not known.
+    pub unmet: Option<String>,
 }
 
 /// Directions of one side of a matrix.
@@ -311,18 +317,50 @@ fn of_delta(
 fn targets<'a>(
     subject: Subject<'a>,
     base: Option<&Mapped<'_>>,
+    notes: &mut Vec<String>,
 ) -> Result<BTreeMap<String, Target<'a>>> {
     Ok(match subject {
-        Subject::Adapter(adapter) => changes(adapter, base)?
-            .into_iter()
-            .map(|changed| (changed.name.clone(), Target::Product(changed)))
-            .collect(),
+        Subject::Adapter(adapter) => {
+            let (all, unknown) = changes(adapter, base)?;
+            notes.extend(unknown);
+            all.into_iter()
+                .map(|changed| (changed.name.clone(), Target::Product(changed)))
+                .collect()
+        }
         Subject::Tuned(mapped) => {
             let pairs = mapped.pairing().pairs.iter().enumerate();
-            let matrices = pairs.filter(|(_, pair)| is_matrix(pair));
+            let matrices =
+                pairs.filter(|(_, pair)| is_matrix(pair) && pair.orientation_doubt.is_none());
             matrices.map(|(index, pair)| (pair.name.clone(), Target::Delta(index))).collect()
         }
     })
+}
+
+/// What of a change is no target, though it may have changed. An adapter's are all targets.
+fn passed_over(subject: Subject<'_>, progress: &Progress) -> Result<Vec<PassedOver>> {
+    let Subject::Tuned(mapped) = subject else { return Ok(Vec::new()) };
+    let pairing = mapped.pairing();
+    let pass = |name: &str, reason: String| PassedOver { name: name.to_owned(), reason };
+    let mut passed: Vec<PassedOver> = pairing
+        .reshaped
+        .iter()
+        .map(|one| pass(&one.name, format!("{} became {}", one.shape, one.tuned_shape)))
+        .collect();
+    passed.extend(pairing.incomparable.iter().map(|one| {
+        pass(&one.name, format!("stored as {}, which is not compared", one.tuned_dtype))
+    }));
+    for (index, pair) in pairing.pairs.iter().enumerate() {
+        let reason = match &pair.orientation_doubt {
+            _ if !is_matrix(pair) => "it changed, and is no matrix with directions".to_owned(),
+            Some(doubt) => format!("it changed, and which side is its input is not clear: {doubt}"),
+            None => continue,
+        };
+        go_on(progress)?;
+        if !measure(&mapped.delta(index)).is_unchanged() {
+            passed.push(pass(&pair.name, reason));
+        }
+    }
+    Ok(passed)
 }
 
 /// Compares two changes; with the `base` (by itself, see [`open_base`](super::open_base)), also with
@@ -339,8 +377,9 @@ pub fn compare(
     options: &ComparisonOptions,
     progress: &Progress,
 ) -> Result<Comparison> {
-    let (of_a, mut of_b) = (targets(a, base)?, targets(b, base)?);
     let mut comparison = Comparison::default();
+    let notes = &mut comparison.notes;
+    let (of_a, mut of_b) = (targets(a, base, notes)?, targets(b, base, notes)?);
     if !of_a.keys().any(|name| of_b.contains_key(name)) {
         comparison.rename = common_rename(of_a.keys(), of_b.keys());
         if let Some(rename) = &comparison.rename {
@@ -351,10 +390,17 @@ pub fn compare(
             of_b = renamed.collect();
         }
     }
+    comparison.passed = [passed_over(a, progress)?, passed_over(b, progress)?].concat();
+    let passed: BTreeSet<String> =
+        comparison.passed.iter().map(|passed| passed.name.clone()).collect();
     comparison.only_a = only(a, &of_a, &of_b, progress)?;
     comparison.only_b = only(b, &of_b, &of_a, progress)?;
+    // What one of them passes over is not told to be unchanged there.
+    comparison.only_a.retain(|name| !passed.contains(name));
+    comparison.only_b.retain(|name| !passed.contains(name));
     let common: Vec<(&String, &Target<'_>, &Target<'_>)> =
         of_a.iter().filter_map(|(name, target)| Some((name, target, of_b.get(name)?))).collect();
+    comparison.common = common.len();
     let one = |&(name, of_a, of_b): &(&String, &Target<'_>, &Target<'_>)| {
         go_on(progress)?;
         compare_target(name, (a, of_a), (b, of_b), base, options)
@@ -371,6 +417,8 @@ pub fn compare(
             Err(passed) => comparison.passed.push(passed),
         }
     }
+    comparison.passed.sort();
+    comparison.passed.dedup();
     let found = places(comparison.targets.iter().map(|target| target.name.as_str()));
     for (target, place) in comparison.targets.iter_mut().zip(found) {
         target.place = place;
@@ -444,15 +492,20 @@ fn compare_target(
     let similarity = |source| AnalysisError::Similarity { tensor: name.to_owned(), source };
     let input = Side::of(&a.input, &b.input).map_err(similarity)?;
     let output = Side::of(&a.output, &b.output).map_err(similarity)?;
-    let amplified = match base {
+    let met = match base {
         Some(base) => {
             let changed = [of_a, of_b].into_iter().find_map(|target| match target {
                 Target::Product(changed) => Some(changed),
                 Target::Delta(_) => None,
             });
-            amplify(name, changed, [&a, &b], base, options)?
+            Some(amplify(name, changed, [&a, &b], base, options)?)
         }
         None => None,
+    };
+    let (amplified, unmet) = match met {
+        Some(Ok(amplified)) => (Some(amplified), None),
+        Some(Err(reason)) => (None, Some(reason)),
+        None => (None, None),
     };
     Ok(Ok(TargetComparison {
         name: name.to_owned(),
@@ -464,6 +517,7 @@ fn compare_target(
         input,
         output,
         amplified,
+        unmet,
     }))
 }
 
@@ -479,15 +533,18 @@ fn cosine(a: &Directions, b: &Directions) -> f64 {
     (sum / (norm(a) * norm(b))).clamp(-1.0, 1.0)
 }
 
-/// What W0 has in the directions of both.
+/// What W0 has in the directions of both, or why that is not known.
 fn amplify(
     name: &str,
     changed: Option<&Changed<'_>>,
     directions: [&Directions; 2],
     base: &Mapped<'_>,
     options: &ComparisonOptions,
-) -> Result<Option<Amplified>> {
-    let Some(index) = weights::find(base.pairing(), name) else { return Ok(None) };
+) -> Result<std::result::Result<Amplified, String>> {
+    let unmet = |reason: String| Ok(Err(reason));
+    let Some(index) = weights::find(base.pairing(), name) else {
+        return unmet("the base has no such weight, or none that is read".to_owned());
+    };
     let pair = &base.pairing().pairs[index];
     let shape = directions[0].shape();
     let transposed = match changed {
@@ -496,10 +553,18 @@ fn amplify(
     };
     let weight = Weight::of(base, index);
     let (rows, cols) = weight.0.shape();
-    let Some(transposed) = transposed else { return Ok(None) };
+    let transposed = transposed
+        .filter(|&transposed| shape == if transposed { (cols, rows) } else { (rows, cols) });
+    let Some(transposed) = transposed else {
+        let (outputs, inputs) = shape;
+        return unmet(format!(
+            "the base's weight is {rows} × {cols}, the change is one of {outputs} × {inputs}"
+        ));
+    };
     let measured = measure(&weight.0);
-    if measured.non_finite > 0 || (if transposed { (cols, rows) } else { (rows, cols) }) != shape {
-        return Ok(None);
+    if measured.non_finite > 0 {
+        let count = measured.non_finite;
+        return unmet(format!("{count} elements of the base's weight are NaN or infinite"));
     }
     let energy = measured.base_energy;
     let most = options.ranks.iter().copied().max().unwrap_or(0);
@@ -516,7 +581,7 @@ fn amplify(
         let wanted = |rank: usize| options.ranks.contains(&rank) || rank == count && count < most;
         all.into_iter().filter(|one| wanted(one.rank)).collect()
     };
-    Ok(Some(Amplified { base_norm: energy.sqrt(), a: of(0), b: of(1) }))
+    Ok(Ok(Amplified { base_norm: energy.sqrt(), a: of(0), b: of(1) }))
 }
 
 /// The change of prefix that gives B's names most of A's: adapters of one model that different

@@ -21,6 +21,7 @@ use super::{PassedOver, Result, go_on, not_converged};
 use crate::engine::Progress;
 use crate::noise::{self, NoiseEstimate, Rule};
 use crate::pair::{Change, Delta, Kind, Mapped, Pair, Pairing, measure};
+use crate::schedule::Schedule;
 use crate::spectrum::{Reached, Spectrum};
 use crate::svd::{Goal, SvdOptions, decompose};
 
@@ -59,6 +60,8 @@ pub struct Spectra {
     pub unchanged: Vec<String>,
     /// What was not analysed.
     pub passed: Vec<PassedOver>,
+    /// What was noticed besides.
+    pub notes: Vec<String>,
 }
 
 /// One changed matrix.
@@ -78,7 +81,8 @@ pub struct TensorSpectrum {
     pub base_energy: Option<f64>,
     /// The rank of an adapter's factors.
     pub rank: Option<usize>,
-    /// The noise of a difference of stored weights.
+    /// The noise of a difference of stored weights, taken as even across rows and columns: no vectors are
+    /// made here, and [`noise::estimate_uneven`], by which an extraction chooses ranks, needs them.
     pub noise: Option<NoiseEstimate>,
     /// How a pair's elements changed.
     pub change: Option<Change>,
@@ -263,7 +267,7 @@ fn bytes(pair: &Pair) -> u64 {
     of(pair.base_dtype).saturating_add(of(pair.tuned_dtype))
 }
 
-/// What fine-tuning changed. Its progress is counted in the bytes of [`work`].
+/// What fine-tuning changed, on as many threads as the current pool has. Its progress is counted in the bytes of [`work`].
 ///
 /// # Errors
 /// [`AnalysisError`](super::AnalysisError) if a decomposition fails or the user stopped it.
@@ -272,31 +276,66 @@ pub fn of_pair(
     options: &SpectrumOptions,
     progress: &Progress,
 ) -> Result<Spectra> {
-    let mut spectra = Spectra::default();
-    for (index, pair) in mapped.pairing().pairs.iter().enumerate() {
-        go_on(progress)?;
+    let pairs = &mapped.pairing().pairs;
+    let costs: Vec<u64> = pairs.iter().map(Pair::elements).collect();
+    let schedule = Schedule::new(rayon::current_num_threads());
+    let analysed = |index: usize| {
         let delta = mapped.delta(index);
-        let change = measure(&delta);
-        if change.non_finite > 0 {
-            let reason = format!("{} of its elements are NaN or infinite", change.non_finite);
-            spectra.passed.push(PassedOver { name: pair.name.clone(), reason });
-        } else if change.is_unchanged() {
-            spectra.unchanged.push(pair.name.clone());
-        } else if is_matrix(pair) {
-            spectra.tensors.push(of_delta(pair, &delta, change, options)?);
-        } else {
-            spectra.others.push(OtherChange {
-                name: pair.name.clone(),
-                place: Place::default(),
-                kind: Some(pair.kind),
-                shape: pair.shape.clone(),
-                energy: change.energy,
-                base_energy: Some(change.base_energy),
-            });
-        }
-        progress.add(bytes(pair));
+        let found = of_one(&pairs[index], &delta, options);
+        delta.release(0..delta.shape().0);
+        progress.add(bytes(&pairs[index]));
+        Ok(found)
+    };
+    let found = schedule.run(&costs, || progress.is_cancelled(), analysed)?;
+    let mut spectra = Spectra::default();
+    for (pair, found) in pairs.iter().zip(found) {
+        spectra.enter(&pair.name, found?);
     }
     Ok(spectra.settle())
+}
+
+/// What became of one parameter.
+enum Found {
+    Unchanged,
+    Matrix(Box<TensorSpectrum>),
+    Other(OtherChange),
+    /// Why it was not analysed.
+    Passed(String),
+}
+
+impl Spectra {
+    fn enter(&mut self, name: &str, found: Found) {
+        match found {
+            Found::Unchanged => self.unchanged.push(name.to_owned()),
+            Found::Matrix(one) => self.tensors.push(*one),
+            Found::Other(one) => self.others.push(one),
+            Found::Passed(reason) => {
+                self.passed.push(PassedOver { name: name.to_owned(), reason });
+            }
+        }
+    }
+}
+
+fn of_one(pair: &Pair, delta: &Delta<'_>, options: &SpectrumOptions) -> Result<Found> {
+    let change = measure(delta);
+    if change.non_finite > 0 {
+        let reason = format!("{} of its elements are NaN or infinite", change.non_finite);
+        return Ok(Found::Passed(reason));
+    }
+    if change.is_unchanged() {
+        return Ok(Found::Unchanged);
+    }
+    if is_matrix(pair) {
+        return Ok(Found::Matrix(Box::new(of_delta(pair, delta, change, options)?)));
+    }
+    Ok(Found::Other(OtherChange {
+        name: pair.name.clone(),
+        place: Place::default(),
+        kind: Some(pair.kind),
+        shape: pair.shape.clone(),
+        energy: change.energy,
+        base_energy: Some(change.base_energy),
+    }))
 }
 
 /// Whether a change of it has directions.
@@ -342,12 +381,7 @@ pub fn of_adapter(
     base: Option<&Mapped<'_>>,
     progress: &Progress,
 ) -> Result<Spectra> {
-    enum Found {
-        Matrix(Box<TensorSpectrum>),
-        Other(OtherChange),
-        Passed(PassedOver),
-    }
-    let all = changes(adapter, base)?;
+    let (all, notes) = changes(adapter, base)?;
     let analyse = |changed: &Changed<'_>| -> Result<Found> {
         go_on(progress)?;
         let pair = changed.pair(base);
@@ -362,11 +396,15 @@ pub fn of_adapter(
                 let (outputs, inputs) = product.shape();
                 let fits = changed.stored_transposed(base, (outputs, inputs)).is_some();
                 let own = || vec![outputs, inputs];
+                let spectrum = product.spectrum().map_err(not_converged(&name))?;
+                if spectrum.is_zero() {
+                    return Ok(Found::Unchanged);
+                }
                 Ok(Found::Matrix(Box::new(TensorSpectrum {
                     place,
                     kind,
                     shape: pair.filter(|_| fits).map_or_else(own, |pair| pair.shape.clone()),
-                    spectrum: product.spectrum().map_err(not_converged(&name))?,
+                    spectrum,
                     base_energy: if fits { base_energy() } else { None },
                     rank: Some(product.rank()),
                     noise: None,
@@ -379,19 +417,14 @@ pub fn of_adapter(
                     let base_energy = base_energy();
                     Found::Other(OtherChange { name, place, kind, shape, energy, base_energy })
                 }
-                None => Found::Passed(PassedOver { name, reason }),
+                None => Found::Passed(reason),
             }),
         }
     };
     let found: Vec<Result<Found>> = all.par_iter().map(analyse).collect();
-    let mut spectra = Spectra::default();
-    for found in found {
-        match found? {
-            Found::Matrix(one) if one.spectrum.is_zero() => spectra.unchanged.push(one.name),
-            Found::Matrix(one) => spectra.tensors.push(*one),
-            Found::Other(one) => spectra.others.push(one),
-            Found::Passed(one) => spectra.passed.push(one),
-        }
+    let mut spectra = Spectra { notes, ..Spectra::default() };
+    for (changed, found) in all.iter().zip(found) {
+        spectra.enter(&changed.name, found?);
     }
     Ok(spectra.settle())
 }

@@ -10,7 +10,7 @@ use lora_format::model::{Adapter, Form, Layer};
 use lora_format::vocabulary;
 use ndarray::{Array2, ArrayView2, s};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, PlanProblem, Result};
 use crate::kernels::Rows;
 use crate::pair::{Delta, Kind, Mapped, Pair, Pairing, Tie};
 use crate::resolve::{self, Wanted};
@@ -28,11 +28,14 @@ pub fn open(base: &Path) -> Result<Pairing> {
 }
 
 /// What the base calls the targets of an adapter's components, in their order; `None` of what it
-/// does not have.
+/// does not have, and why.
 ///
 /// # Errors
 /// [`Error::Plan`] if it has none of them.
-pub(super) fn names(adapter: &Adapter, base: &Pairing) -> Result<Vec<Option<String>>> {
+pub(super) fn names(
+    adapter: &Adapter,
+    base: &Pairing,
+) -> Result<(Vec<Option<String>>, Vec<PlanProblem>)> {
     let components = &adapter.components;
     let wanted: Vec<Wanted<'_>> = components
         .iter()
@@ -55,7 +58,7 @@ pub(super) fn names(adapter: &Adapter, base: &Pairing) -> Result<Vec<Option<Stri
             problems: resolution.problems,
         });
     }
-    Ok(names)
+    Ok((names, resolution.problems))
 }
 
 /// The pair of a parameter by its name; of a tied head, that of its embedding.

@@ -16,6 +16,7 @@
 mod work;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Mutex, PoisonError};
 
 use lora_format::fingerprint::BaseIdentity;
 use lora_format::model::{Component, Form, Layer, LowRank, Scaling, ScalingRule, Target};
@@ -32,10 +33,11 @@ use crate::error::Result;
 use crate::noise::{self, NoiseEstimate, Storage};
 use crate::numbers::float_type;
 use crate::pair::{Change, Kind, Mapped, Pair, PairNote, Pairing, Side, Tie, measure, profiles};
+use crate::parameters::Source;
 use crate::rank::{Bound, Choice, RankError, RankLimits, RankPolicy, Ruling, choose};
 use crate::resize::Ranks;
 use crate::schedule::Schedule;
-use crate::spectrum::{Reached, Spectrum};
+use crate::spectrum::{Reached, Spectrum, UNRESOLVED};
 use crate::svd::{self, Decomposition, Goal, SvdOptions, decompose, residual};
 
 /// What is extracted, and how.
@@ -81,8 +83,8 @@ pub enum ExtractError {
         /// The dtype.
         dtype: Dtype,
     },
-    /// Patterns that matched nothing.
-    #[error("nothing that changed matches {}", patterns.join(", "))]
+    /// Patterns that match no parameter of the models.
+    #[error("no parameter matches {}", patterns.join(", "))]
     Unmatched {
         /// The patterns, with the options that they were given to.
         patterns: Vec<String>,
@@ -99,6 +101,17 @@ pub enum ExtractError {
         /// The parameter.
         name: String,
     },
+    /// A parameter is in none of the report's lists, or in two: a fault of this program.
+    #[error(
+        "{accounted} of {parameters} parameters are accounted for: a fault of this program; nothing \
+         was written"
+    )]
+    Unaccounted {
+        /// Those that the report lists.
+        accounted: usize,
+        /// Those that were paired, or are new and stored whole.
+        parameters: usize,
+    },
     /// Ranks.
     #[error(transparent)]
     Rank(#[from] RankError),
@@ -108,6 +121,12 @@ pub enum ExtractError {
     /// A decomposition.
     #[error(transparent)]
     NotConverged(#[from] crate::svd::dense::NotConverged),
+    /// What stands where the work is kept is none.
+    #[error("{}: it is not the work of an extraction, and in its place", directory.display())]
+    NoWork {
+        /// The directory, or the file.
+        directory: std::path::PathBuf,
+    },
     /// Work that was kept of an interrupted extraction is of another one.
     #[error("{}: it holds the work of another extraction: {difference}", directory.display())]
     OtherWork {
@@ -129,10 +148,17 @@ pub struct ExtractReport {
     pub left_out: Vec<LeftOut>,
     /// How many parameters did not change.
     pub unchanged: usize,
+    /// [`Extraction::memory_bound`].
+    pub memory_bound: u64,
+    /// How many of the targets are quantised in one of the models.
+    pub quantised: usize,
     /// Bytes of a budget that were there, that are spent, and that no allotment gains more than.
     pub budget: Option<(u64, u64, f64)>,
     /// Targets that a budget might have given more than was computed of them.
     pub capped: Vec<String>,
+    /// Targets whose measured error is above what the policy asked for: their factors are rounded, or
+    /// their values known too coarsely. Those that a greatest rank keeps above it are not meant.
+    pub missed: Vec<String>,
     /// What the user should know.
     pub notes: Vec<String>,
 }
@@ -248,6 +274,7 @@ impl<'a> Extraction<'a> {
         progress: &Progress,
     ) -> Result<Extraction<'a>> {
         let pairing = mapped.pairing();
+        refuse_unmatched(pairing, options)?;
         let schedule = Schedule::new(options.threads);
         let elements: Vec<u64> = pairing.pairs.iter().map(Pair::elements).collect();
         let changes: Vec<Change> = schedule.run(
@@ -269,19 +296,30 @@ impl<'a> Extraction<'a> {
         Ok(Extraction { pairing, mapped, options, changes, fates, new_whole, schedule })
     }
 
-    /// A bound on what the decompositions hold at one time, in bytes: vectors and partial sums, not
-    /// the mapped files nor the factors that are done.
+    /// A bound on what the decompositions hold at one time, in bytes: the largest ones side by side, as
+    /// many as there are threads, or one on all threads; with a budget, the components of all of them
+    /// until ranks are allotted. Neither the mapped files nor the factors that are done count.
     #[must_use]
     pub fn memory_bound(&self) -> u64 {
-        let mut each: Vec<u64> = self
-            .targets()
-            .map(|(index, _)| {
-                let (rows, cols) = self.pairing.pairs[index].matrix();
-                svd::memory_bound(rows, cols)
-            })
-            .collect();
+        let threads = self.schedule.threads();
+        let groups = threads.min(self.targets().count()).max(1);
+        let (mut each, mut alone, mut kept) = (Vec::new(), 0, 0);
+        for (index, choosing) in self.targets() {
+            let (rows, cols) = self.pairing.pairs[index].matrix();
+            let short = rows.min(cols);
+            let most = match choosing {
+                Choosing::Budget { most } => most,
+                Choosing::Policy(RankPolicy::Rank(rank), limits) => rank.max(limits.minimum),
+                Choosing::Policy(_, limits) => limits.maximum.unwrap_or(short),
+            };
+            if let Choosing::Budget { .. } = choosing {
+                kept += (rows + cols) as u64 * most.min(short) as u64 * 4;
+            }
+            each.push(svd::memory_bound(rows, cols, most, threads.div_ceil(groups)));
+            alone = alone.max(svd::memory_bound(rows, cols, most, threads));
+        }
         each.sort_unstable_by(|a, b| b.cmp(a));
-        each.iter().take(self.schedule.threads()).sum()
+        kept + alone.max(each.iter().take(groups).sum())
     }
 
     fn targets(&self) -> impl Iterator<Item = (usize, Choosing)> {
@@ -302,17 +340,19 @@ impl<'a> Extraction<'a> {
         work: &WorkDirectory,
         progress: &Progress,
     ) -> Result<(Adapter, ExtractReport)> {
-        let mut report = ExtractReport::default();
+        let memory_bound = self.memory_bound();
+        let mut report = ExtractReport { memory_bound, ..ExtractReport::default() };
         let targets: Vec<(usize, Choosing)> = self.targets().collect();
         let budget = match self.options.ranks {
             Ranks::Budget { bytes, limits } => Some((bytes, limits)),
             Ranks::PerTensor(_) => None,
         };
         let made = if let Some((bytes, limits)) = budget {
-            self.run_budget(&targets, bytes, limits, work, progress, &mut report)?
+            self.run_budget(&targets, bytes, limits, progress, &mut report)?
         } else {
             self.in_parallel(&targets, progress, |index, choosing| {
-                if let Some(done) = work.take(index)? {
+                let pair = &self.pairing.pairs[index];
+                if let Some(done) = work.take(index, pair, self.options.dtype) {
                     return Ok(done);
                 }
                 let (found, choice, noise) = self.decompose(index, choosing)?;
@@ -322,8 +362,14 @@ impl<'a> Extraction<'a> {
             })?
         };
         let mut components = Vec::new();
-        for (&(index, _), (extracted, a, b)) in targets.iter().zip(made) {
+        for (&(index, choosing), (extracted, a, b)) in targets.iter().zip(made) {
+            if let Choosing::Policy(policy, _) = choosing
+                && self.misses(index, policy, &extracted)
+            {
+                report.missed.push(extracted.name.clone());
+            }
             if extracted.rank > 0 {
+                report.quantised += usize::from(self.pairing.pairs[index].is_quantised());
                 components.push(self.component(&self.pairing.pairs[index], extracted.rank, a, b));
                 report.targets.push(extracted);
             } else {
@@ -350,6 +396,7 @@ impl<'a> Extraction<'a> {
             }
         }
         report.unchanged += self.pairing.identical.len();
+        self.balance(&report)?;
         if components.is_empty() {
             let reason = match report.left_out.len() {
                 0 => "no parameter that both models have differs".to_owned(),
@@ -357,6 +404,28 @@ impl<'a> Extraction<'a> {
             };
             return Err(ExtractError::Nothing { reason }.into());
         }
+        Ok((self.adapter(components), report))
+    }
+
+    /// The adapter without its values: every factor of rank 1 and zero, everything whole as it is. For
+    /// asking whether a format has a place for it, before the work.
+    ///
+    /// # Errors
+    /// [`Format`](crate::error::Error::Format) if a file cannot be mapped.
+    pub fn outline(&self) -> Result<Adapter> {
+        let mut components = Vec::new();
+        for (index, _) in self.targets() {
+            let pair = &self.pairing.pairs[index];
+            let (rows, cols) = pair.matrix();
+            let (left, right) = (Array2::zeros((rows, 1)), Array2::zeros((1, cols)));
+            let (a, b) = self.factors(pair, left.view(), right.view());
+            components.push(self.component(pair, 1, a, b));
+        }
+        self.store_whole(&mut components, &mut ExtractReport::default())?;
+        Ok(self.adapter(components))
+    }
+
+    fn adapter(&self, components: Vec<Component>) -> Adapter {
         let base = &self.pairing.base;
         let name = base
             .config()
@@ -369,16 +438,16 @@ impl<'a> Extraction<'a> {
         if self.targets().any(|(index, _)| self.pairing.pairs[index].transposed) {
             adapter.fan_in_fan_out = Some(true);
         }
-        Ok((adapter, report))
+        adapter
     }
 
-    /// All targets decomposed as far as the budget could reach, ranks allotted, then finished.
+    /// All targets decomposed as far as the budget could reach, ranks allotted, then finished. Nothing
+    /// is kept meanwhile: no target is finished before all are decomposed.
     fn run_budget(
         &self,
         targets: &[(usize, Choosing)],
         bytes: u64,
         limits: RankLimits,
-        work: &WorkDirectory,
         progress: &Progress,
         report: &mut ExtractReport,
     ) -> Result<Vec<Part>> {
@@ -402,10 +471,15 @@ impl<'a> Extraction<'a> {
         let candidates: Vec<Candidate<'_>> = targets
             .iter()
             .zip(&gains)
-            .map(|(&(index, _), gains)| {
+            .map(|(&(index, choosing), gains)| {
                 let pair = &self.pairing.pairs[index];
                 let (rows, cols) = pair.matrix();
-                let maximum = rows.min(cols).min(limits.maximum.unwrap_or(usize::MAX));
+                let short = rows.min(cols);
+                // Fewer components than were asked for are all that there are.
+                let exhausted = matches!(choosing, Choosing::Budget { most }
+                    if gains.len() < most.min(short));
+                let most = if exhausted { gains.len() } else { short };
+                let maximum = most.min(limits.maximum.unwrap_or(usize::MAX));
                 Candidate {
                     name: &pair.name,
                     gains,
@@ -416,10 +490,17 @@ impl<'a> Extraction<'a> {
             })
             .collect();
         let allotment = budget::allot(&candidates, bytes).map_err(ExtractError::from)?;
-        report.budget = Some((bytes, allotment.bytes, allotment.short_of_best));
+        let ranks: Vec<usize> = allotment
+            .ranks
+            .iter()
+            .zip(&found)
+            .map(|(&rank, found)| rank.min(found.rank()))
+            .collect();
+        let spent =
+            candidates.iter().zip(&ranks).map(|(of, &rank)| of.bytes_per_rank * rank as u64);
+        report.budget = Some((bytes, spent.sum(), allotment.short_of_best));
         let name = |&index: &usize| candidates[index].name.to_owned();
         report.capped = allotment.capped.iter().map(name).collect();
-        let ranks = &allotment.ranks;
         let costs: Vec<u64> =
             targets.iter().map(|&(index, _)| self.pairing.pairs[index].elements()).collect();
         self.schedule.run(
@@ -427,10 +508,8 @@ impl<'a> Extraction<'a> {
             || progress.is_cancelled(),
             |at| {
                 let (index, found) = (targets[at].0, &found[at]);
-                let choice = Choice { rank: ranks[at].min(found.rank()), bound: Bound::Policy };
-                let part = self.finish(index, found, choice, None)?;
-                work.keep(index, &part)?;
-                Ok(part)
+                let choice = Choice { rank: ranks[at], bound: Bound::Policy };
+                self.finish(index, found, choice, None)
             },
         )
     }
@@ -468,12 +547,12 @@ impl<'a> Extraction<'a> {
         let change = &self.changes[index];
         let (rows, cols) = delta.shape();
         let reference = if self.options.relative { change.base_energy } else { change.energy };
-        let svd = &self.options.svd;
+        let mut svd = self.options.svd;
         let (policy, limits) = match choosing {
             Choosing::Policy(policy, limits) => (policy, limits),
             Choosing::Budget { most } => {
                 let found =
-                    decompose(&delta, change.energy, Goal::Rank(most.min(rows.min(cols))), svd)
+                    decompose(&delta, change.energy, Goal::Rank(most.min(rows.min(cols))), &svd)
                         .map_err(ExtractError::from)?;
                 let choice = Choice { rank: found.rank(), bound: Bound::Policy };
                 return Ok((found, choice, None));
@@ -490,29 +569,73 @@ impl<'a> Extraction<'a> {
             Some(noise::estimate_uneven(&found.spectrum, *storage, rule, energies, left, right))
         };
         let chosen = |found: &Decomposition| {
-            choose(policy, &found.spectrum, noise(found).as_ref(), reference.sqrt(), limits)
+            let noise = noise(found);
+            let norm = reference.sqrt();
+            (choose(policy, &found.spectrum, noise.as_ref(), norm, limits), noise)
         };
-        let most = limits.maximum.unwrap_or(usize::MAX).min(rows.min(cols));
+        let short = rows.min(cols);
+        let most = limits.maximum.unwrap_or(usize::MAX).min(short);
+        // What chose the rank, with the vectors that were there then: fewer are returned.
+        let last = Mutex::new(None);
         let wanted = |found: &Decomposition| {
-            let choice = chosen(found);
+            let (choice, noise) = chosen(found);
+            *last.lock().unwrap_or_else(PoisonError::into_inner) = Some((choice, noise));
             if choice.bound.is_final() {
                 Reached::At(choice.rank)
             } else {
                 Reached::Beyond(choice.rank)
             }
         };
-        let vectors = policy == RankPolicy::Auto;
+        svd.exact |= policy.needs_all() || self.is_fine(index, policy, most)?;
         let goal = match policy {
-            RankPolicy::Rank(rank) => {
-                Goal::Rank(rank.max(limits.minimum).min(most).max(1).min(rows.min(cols)))
+            RankPolicy::Rank(rank) => Goal::Rank(rank.max(limits.minimum).min(most).max(1)),
+            _ => {
+                let vectors = policy == RankPolicy::Auto;
+                Goal::Until { wanted: &wanted, vectors, maximum: most }
             }
-            _ => Goal::Until { wanted: &wanted, vectors, maximum: most },
         };
-        let found = decompose(&delta, change.energy, goal, svd).map_err(ExtractError::from)?;
-        let mut choice = chosen(&found);
+        let found = decompose(&delta, change.energy, goal, &svd).map_err(ExtractError::from)?;
+        let last = last.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let (mut choice, noise) = last.unwrap_or_else(|| chosen(&found));
         choice.rank = choice.rank.min(found.rank());
-        let noise = noise(&found);
         Ok((found, choice, noise))
+    }
+
+    /// Whether a policy asks for less than single precision resolves in a decomposition of the leading
+    /// values, so that only all of them tell which rank meets it. Where the greatest rank that is
+    /// allowed leaves more than that, the others do too.
+    fn is_fine(&self, index: usize, policy: RankPolicy, most: usize) -> Result<bool> {
+        let change = &self.changes[index];
+        let unresolved = UNRESOLVED * change.energy;
+        if self.leaves(index, policy).is_none_or(|left| left >= unresolved) {
+            return Ok(false);
+        }
+        let delta = self.mapped.delta(index);
+        let (rows, cols) = delta.shape();
+        if most.saturating_mul(4) > rows.min(cols) {
+            return Ok(true);
+        }
+        let goal = Goal::Rank(most);
+        let found = decompose(&delta, change.energy, goal, &self.options.svd);
+        Ok(found.map_err(ExtractError::from)?.spectrum.remaining(most) < unresolved)
+    }
+
+    /// The energy that a policy allows to be left over, if it is one of those.
+    fn leaves(&self, index: usize, policy: RankPolicy) -> Option<f64> {
+        let change = &self.changes[index];
+        let reference = if self.options.relative { change.base_energy } else { change.energy };
+        policy.leaves(change.energy, reference.sqrt())
+    }
+
+    /// Whether the measured error is more than a policy asked for, by more than rounding to f32.
+    fn misses(&self, index: usize, policy: RankPolicy, found: &Extracted) -> bool {
+        /// Relative to what is asked for: ranks are chosen from values that are nearly right.
+        const SLACK: f64 = 1e-3;
+        let rounding = 4.0 * f64::from(f32::EPSILON).powi(2) * found.energy;
+        found.bound != bound_name(Bound::Maximum)
+            && self
+                .leaves(index, policy)
+                .is_some_and(|left| found.residual > left * (1.0 + SLACK) + rounding)
     }
 
     /// Factors as they are stored, and their certificate.
@@ -542,7 +665,7 @@ impl<'a> Extraction<'a> {
             rows,
             cols,
             rank,
-            bound: format!("{:?}", choice.bound).to_lowercase(),
+            bound: bound_name(choice.bound),
             energy: change.energy,
             base_energy: change.base_energy,
             residual,
@@ -580,8 +703,7 @@ impl<'a> Extraction<'a> {
     ) -> (Tensor, Tensor) {
         let (rank, dtype) = (left.ncols(), self.options.dtype);
         // Stored as (in, out), or as rows of a table: then the left factor is A's.
-        let swapped = pair.transposed || pair.kind == Kind::Embedding;
-        let (a, b) = if swapped { (left.t(), right.t()) } else { (right, left) };
+        let (a, b) = if is_swapped(pair) { (left.t(), right.t()) } else { (right, left) };
         let bytes = |factor: ArrayView2<'_, f32>| -> Vec<u8> {
             let float = float_type(dtype).unwrap_or(crate::kernels::FloatType::F32);
             let mut bytes = Vec::with_capacity(factor.len() * float.size());
@@ -591,11 +713,7 @@ impl<'a> Extraction<'a> {
             bytes
         };
         let (a_bytes, b_bytes) = (bytes(a), bytes(b));
-        let (mut a_shape, mut b_shape) = (vec![rank, a.ncols()], vec![b.nrows(), rank]);
-        if pair.kind == Kind::Convolution {
-            a_shape = [&[rank], &pair.shape[1..]].concat();
-            b_shape.extend(std::iter::repeat_n(1, pair.shape.len() - 2));
-        }
+        let [a_shape, b_shape] = shapes(pair, rank);
         let tensor = |name: &str, shape: Vec<usize>, bytes: Vec<u8>| {
             let Some(tensor) = Tensor::new(name.to_owned(), dtype, shape, bytes) else {
                 unreachable!("as many bytes as the shape says")
@@ -639,23 +757,25 @@ impl<'a> Extraction<'a> {
         components: &mut Vec<Component>,
         report: &mut ExtractReport,
     ) -> Result<()> {
-        let mut wanted: BTreeMap<&str, (String, Kind, Option<Change>)> = BTreeMap::new();
+        // A table that the fine-tuned model ties is what several parameters of the base became.
+        let mut wanted: BTreeMap<&str, Vec<Whole>> = BTreeMap::new();
         for (index, fate) in self.fates.iter().enumerate() {
             if matches!(fate, Fate::Whole) {
                 let pair = &self.pairing.pairs[index];
                 let entry = (pair.name.clone(), pair.kind, Some(self.changes[index]));
-                wanted.insert(&pair.tuned_name, entry);
+                wanted.entry(&pair.tuned_name).or_default().push(entry);
             }
         }
         for name in &self.new_whole {
-            wanted.insert(name, (name.clone(), Kind::Other, None));
+            wanted.entry(name).or_default().push((name.clone(), Kind::Other, None));
         }
         if wanted.is_empty() {
             return Ok(());
         }
         for shard in self.pairing.tuned.shards() {
             for tensor in map_all(&shard.file)? {
-                if let Some((name, kind, change)) = wanted.remove(tensor.name.as_str()) {
+                for (name, kind, change) in wanted.remove(tensor.name.as_str()).unwrap_or_default()
+                {
                     // A table that the base has under several names replaces all of them: no merge
                     // has to ask which is meant.
                     for other in self.other_names(&name) {
@@ -665,21 +785,53 @@ impl<'a> Extraction<'a> {
                             .notes
                             .push(format!("`{name}` is `{other}` too: it is stored as both"));
                     }
-                    components
-                        .push(Component { target: target(&name), form: Form::Replaced(tensor) });
+                    let form = Form::Replaced(tensor.clone());
+                    components.push(Component { target: target(&name), form });
                     report.whole.push((name, kind, change));
                 }
             }
         }
-        match wanted.into_values().next() {
-            Some((name, ..)) => Err(ExtractError::Quantised { name }.into()),
-            None => Ok(()),
+        Ok(())
+    }
+
+    /// Every parameter of both models is in one list of the report.
+    fn balance(&self, report: &ExtractReport) -> Result<()> {
+        let pairs = self.pairing.pairs.len() + self.pairing.identical.len();
+        let parameters = pairs + self.new_whole.len();
+        let ExtractReport { targets, whole, left_out, unchanged, .. } = report;
+        let accounted = targets.len() + whole.len() + left_out.len() + unchanged;
+        if accounted == parameters {
+            Ok(())
+        } else {
+            Err(ExtractError::Unaccounted { accounted, parameters }.into())
         }
     }
 }
 
+/// A parameter to store whole: its name in the base, what it is, and how it changed if it is no new one.
+type Whole = (String, Kind, Option<Change>);
+
 /// A finished target: its report, A and B.
 type Part = (Extracted, Tensor, Tensor);
+
+/// Whether the left factor of a parameter's stored matrix is A's: it is stored as (in, out), or as the
+/// rows of a table.
+fn is_swapped(pair: &Pair) -> bool {
+    pair.transposed || pair.kind == Kind::Embedding
+}
+
+/// The shapes of A and B of a rank.
+fn shapes(pair: &Pair, rank: usize) -> [Vec<usize>; 2] {
+    let (rows, cols) = pair.matrix();
+    match pair.shape.as_slice() {
+        [_, rest @ ..] if pair.kind == Kind::Convolution => {
+            let ones = vec![1; rest.len().saturating_sub(1)];
+            [[&[rank], rest].concat(), [&[rows, rank], ones.as_slice()].concat()]
+        }
+        _ if is_swapped(pair) => [vec![rank, rows], vec![cols, rank]],
+        _ => [vec![rank, cols], vec![rows, rank]],
+    }
+}
 
 fn target(name: &str) -> Target {
     let (module, parameter) = name.rsplit_once('.').unwrap_or(("", name));
@@ -699,8 +851,47 @@ fn table(option: &'static str, patterns: &[String]) -> Result<PatternTable> {
 }
 
 fn matches(table: &mut PatternTable, name: &str) -> Result<bool> {
-    let module = name.rsplit_once('.').map_or(name, |(module, _)| module);
-    Ok(table.lookup(name)?.is_some() || table.lookup(module)?.is_some())
+    Ok(table.lookup(name)?.is_some() || table.lookup(module_of(name))?.is_some())
+}
+
+/// What `--full` asks for: the kinds, and the patterns of names.
+fn split_full(full: &[String]) -> (Vec<&str>, Vec<String>) {
+    let (kinds, patterns): (Vec<&String>, Vec<&String>) = full
+        .iter()
+        .partition(|name| [FULL_NORMS, FULL_BIASES, FULL_EMBEDDINGS].contains(&name.as_str()));
+    (kinds.into_iter().map(String::as_str).collect(), patterns.into_iter().cloned().collect())
+}
+
+/// Refuses patterns that match no name: they are mistyped, and that is told before any work. One that
+/// matches what did not change, or a table that gets no factors, is none of those.
+fn refuse_unmatched(pairing: &Pairing, options: &mut ExtractOptions) -> Result<()> {
+    let (_, patterns) = split_full(&options.full);
+    let (mut full, mut include) =
+        (table("--full", &patterns)?, table("--include", &options.include)?);
+    let paired = pairing.pairs.iter().map(|pair| &pair.name).chain(&pairing.identical);
+    for name in paired {
+        matches(&mut full, name)?;
+        matches(&mut include, name)?;
+        if let Ranks::PerTensor(rules) = &mut options.ranks {
+            rules.of(module_of(name)).map_err(ExtractError::from)?;
+        }
+    }
+    for name in &pairing.only_tuned {
+        matches(&mut full, name)?;
+    }
+    let dead = |table: &PatternTable, option: &str| -> Vec<String> {
+        table.dead_keys().map(|key| format!("{option} {key}")).collect()
+    };
+    let mut patterns = [dead(&full, "--full"), dead(&include, "--include")].concat();
+    if let Ranks::PerTensor(rules) = &options.ranks {
+        patterns.extend(rules.unmatched().map(|key| format!("--rank-for {key}")));
+    }
+    if patterns.is_empty() { Ok(()) } else { Err(ExtractError::Unmatched { patterns }.into()) }
+}
+
+/// The module of a parameter.
+fn module_of(name: &str) -> &str {
+    name.rsplit_once('.').map_or(name, |(module, _)| module)
 }
 
 fn decide(
@@ -708,14 +899,10 @@ fn decide(
     changes: &[Change],
     options: &mut ExtractOptions,
 ) -> Result<(Vec<Fate>, Vec<String>)> {
-    let kinds = [FULL_NORMS, FULL_BIASES, FULL_EMBEDDINGS];
-    let is_kind = |name: &&String| kinds.contains(&name.as_str());
-    let of_kinds: Vec<&String> = options.full.iter().filter(is_kind).collect();
-    let patterns: Vec<String> =
-        options.full.iter().filter(|name| !is_kind(name)).cloned().collect();
+    let (kinds, patterns) = split_full(&options.full);
     let (mut full, mut include) =
         (table("--full", &patterns)?, table("--include", &options.include)?);
-    let asked = |kind: &str| of_kinds.iter().any(|name| *name == kind);
+    let asked = |kind: &str| kinds.contains(&kind);
     let uniform = uniform_rank(pairing, changes, options);
     let mut fates = Vec::with_capacity(changes.len());
     for (pair, change) in pairing.pairs.iter().zip(changes) {
@@ -731,6 +918,10 @@ fn decide(
             _ => false,
         };
         if matches(&mut full, &pair.name)? || whole {
+            // Its codes lie in a file, its values nowhere.
+            if let Source::Quantised(_) = pair.tuned_source {
+                return Err(ExtractError::Quantised { name: pair.name.clone() }.into());
+            }
             fates.push(Fate::Whole);
             continue;
         }
@@ -755,18 +946,13 @@ fn decide(
     let mut new_whole = Vec::new();
     for name in &pairing.only_tuned {
         if matches(&mut full, name)? {
+            let tuned = pairing.tuned_parameters();
+            let source = tuned.find(name).map(|index| tuned.get(index).source);
+            if !matches!(source, Some(Source::Plain(_))) {
+                return Err(ExtractError::Quantised { name: name.clone() }.into());
+            }
             new_whole.push(name.clone());
         }
-    }
-    let dead = |table: &PatternTable, option: &str| -> Vec<String> {
-        table.dead_keys().map(|key| format!("{option} {key}")).collect()
-    };
-    let mut unmatched = [dead(&full, "--full"), dead(&include, "--include")].concat();
-    if let Ranks::PerTensor(rules) = &options.ranks {
-        unmatched.extend(rules.unmatched().map(|key| format!("--rank-for {key}")));
-    }
-    if !unmatched.is_empty() {
-        return Err(ExtractError::Unmatched { patterns: unmatched }.into());
     }
     Ok((fates, new_whole))
 }
@@ -777,11 +963,14 @@ fn choosing(ranks: &mut Ranks, name: &str, uniform: usize) -> Result<Fate> {
         Ranks::PerTensor(rules) => rules,
         Ranks::Budget { .. } => return Ok(Fate::Factors(Choosing::Budget { most: uniform })),
     };
-    let module = name.rsplit_once('.').map_or(name, |(module, _)| module);
-    Ok(match rules.of(module).map_err(ExtractError::from)? {
+    Ok(match rules.of(module_of(name)).map_err(ExtractError::from)? {
         Ruling::Skip => Fate::LeftOut("a rule skips it"),
         Ruling::Choose(policy, limits) => Fate::Factors(Choosing::Policy(policy, limits)),
     })
+}
+
+fn bound_name(bound: Bound) -> String {
+    format!("{bound:?}").to_lowercase()
 }
 
 /// Bytes of an element of a factor.

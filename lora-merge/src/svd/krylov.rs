@@ -46,7 +46,7 @@ const PARTS: usize = 16;
 const PART_ROWS: usize = 512;
 
 /// Bytes of all Z together, at most.
-pub(super) const PARTIAL_BYTES: usize = 64 << 20;
+const PARTIAL_BYTES: usize = 64 << 20;
 
 /// A column of Z that shrinks below this share of its length (squared) when the basis is taken out
 /// of it is rounding noise of f32.
@@ -65,8 +65,19 @@ const COUPLINGS: f64 = 1.5;
 const SHRINKS: f64 = 2.0;
 
 /// How many vectors a basis has at most, beyond which the Gram matrix of the short side is cheaper.
-pub(super) fn largest_basis(short: usize) -> usize {
+fn largest_basis(short: usize) -> usize {
     short / 2
+}
+
+/// A bound on the bytes of the largest basis there can be: its vectors and their images, as often again
+/// turned into singular vectors; T with what its sums and its eigenvalues take; all Z.
+pub(super) fn memory_bound(rows: usize, cols: usize) -> u64 {
+    /// Matrices of the size of T at one time: the partial sums of its rows, or T, [T, Hᵀ; H, μI] and
+    /// what a solver copies of both.
+    const SQUARES: u64 = 12;
+    let vectors = largest_basis(rows.min(cols)) as u64;
+    let (rows, cols) = (rows as u64, cols as u64);
+    2 * (rows + cols) * vectors * 4 + SQUARES * vectors * vectors * 8 + PARTIAL_BYTES as u64
 }
 
 /// `None` if a decomposition that is worth it was not reached: the Gram matrix is cheaper then.

@@ -205,11 +205,11 @@ pub fn decompose(
     gram::decompose(matrix, energy, goal, options)
 }
 
-/// A bound on the bytes that the vectors and partial sums of a truncated decomposition take.
+/// A bound on the bytes that a decomposition takes from which up to `rank` components are asked for:
+/// of the iteration, and of the Gram matrix, which may be made after that was given up.
 #[must_use]
-pub fn memory_bound(rows: usize, cols: usize) -> u64 {
-    let vectors = krylov::largest_basis(rows.min(cols)) as u64;
-    (rows + cols) as u64 * vectors * 4 + krylov::PARTIAL_BYTES as u64
+pub fn memory_bound(rows: usize, cols: usize, rank: usize, threads: usize) -> u64 {
+    krylov::memory_bound(rows, cols).max(gram::memory_bound(rows, cols, rank, threads))
 }
 
 /// Short sides up to which the Gram matrix costs less than an iteration.

@@ -186,3 +186,43 @@ fn the_goal_may_look_at_what_is_known() {
     let exact = Spectrum { rows: 600, cols: 500, energy: whole, values };
     assert_eq!(Some(found.rank()), exact.rank_for_energy(0.97).at());
 }
+
+/// Products of small integers have all digits in f32: beyond their rank nothing at all is left over, and
+/// a bound from below says so.
+#[test]
+fn the_exact_bound_is_not_above_the_truth() {
+    for (rows, cols, rank, seed) in [
+        (40, 48, 3, 1),
+        (300, 260, 8, 2),
+        (260, 300, 40, 3),
+        (520, 900, 1, 4),
+        (700, 600, 100, 5),
+        (600, 700, 300, 6),
+    ] {
+        let mut random = Random(seed);
+        let mut integers =
+            |rows, cols| random.matrix(rows, cols).mapv(|x| (2.0 * x).round().clamp(-4.0, 4.0));
+        let matrix = integers(rows, rank).dot(&integers(rank, cols)).mapv(|x| x as f32);
+        let options = SvdOptions { exact: true, ..SvdOptions::default() };
+        let found = decompose(&matrix, energy_of(&matrix), Goal::Values, &options).unwrap();
+        let largest = found.spectrum.values[0];
+        let noise = found.spectrum.remaining(rank) / (largest * largest);
+        let of_margin = noise / (rows.min(cols) as f64 * f64::EPSILON);
+        assert!(of_margin < 0.5, "{rows} × {cols}, rank {rank}: {of_margin}");
+        assert!(found.optimum[rank..].iter().all(|&left| left == 0.0), "{rows} × {cols}");
+        assert!(found.optimum[rank - 1] > 0.0);
+    }
+}
+
+#[test]
+fn the_memory_bound_counts_both_ways() {
+    let (rows, cols) = (4096, 11008);
+    // The Gram matrix, and what its eigenvectors take at least.
+    let least = 3 * 4096 * 4096 * 8;
+    assert!(memory_bound(rows, cols, 16, 1) > least);
+    // Bases and images of 2048 vectors, which the iteration may come to.
+    assert!(memory_bound(rows, cols, 16, 1) > (4096 + 11008) * 2048 * 4);
+    // Components, in f32 and in f64 before that.
+    let more = memory_bound(rows, cols, 4096, 1) - memory_bound(rows, cols, 2048, 1);
+    assert!(more > (4096 + 11008) * 2048 * 4);
+}

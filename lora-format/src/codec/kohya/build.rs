@@ -302,6 +302,10 @@ impl Builder {
                 Form::LowRank(LowRank { magnitude: Some(vector), ..form })
             }
             (form, axis) => {
+                let mut magnitude = magnitude;
+                if matches!(form, Form::LowRank(_)) {
+                    magnitude.shape = vec![magnitude.elements()];
+                }
                 Form::Decomposed(Decomposed { change: Box::new(form), magnitude, axis })
             }
         })

@@ -23,7 +23,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value, json};
 
 pub(super) use writer::described;
-pub use writer::{also_needed, write_directory};
+pub use writer::{also_needed, check, write_directory};
 
 use self::config::Configuration;
 use self::methods::Method;

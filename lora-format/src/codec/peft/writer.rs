@@ -36,11 +36,7 @@ pub fn write_directory(
     overwrite: Overwrite,
     durability: Durability,
 ) -> Result<()> {
-    let layout = Layout::of(adapter)?;
-    if let Some(what) = layout.misread() {
-        return Err(layout::inexpressible(adapter, what));
-    }
-    let config = configuration(adapter, &layout)?;
+    let (layout, config) = expressed(adapter)?;
     let mut text = serde_json::to_string_pretty(&config)
         .map_err(|source| Error::Json { path: destination.to_owned(), source })?;
     text.push('\n');
@@ -66,6 +62,25 @@ pub fn write_directory(
     atomic::write(&inside(CONFIG_FILE), &[text.as_bytes()], Overwrite::Never, durability)?;
     adapter.ensure_unchanged()?;
     staging.commit(durability)
+}
+
+/// Refuses what [`write_directory`] would refuse because PEFT has no place for it, or would take it for
+/// something else. Values do not matter.
+///
+/// # Errors
+/// [`Error::Inexpressible`].
+pub fn check(adapter: &Adapter) -> Result<()> {
+    expressed(adapter).map(|_| ())
+}
+
+/// Where PEFT has everything, and the configuration that says so.
+fn expressed(adapter: &Adapter) -> Result<(Layout<'_>, Map<String, Value>)> {
+    let layout = Layout::of(adapter)?;
+    if let Some(what) = layout.misread() {
+        return Err(layout::inexpressible(adapter, what));
+    }
+    let config = configuration(adapter, &layout)?;
+    Ok((layout, config))
 }
 
 /// Which of a base's tensors a PEFT directory of this adapter must hold besides: the unchanged rest
