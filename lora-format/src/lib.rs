@@ -27,6 +27,7 @@
 //! an [`Error`] that says where.
 
 mod blocks;
+pub mod check;
 pub mod checkpoint;
 pub mod codec;
 pub mod container;

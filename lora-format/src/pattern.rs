@@ -236,8 +236,30 @@ impl Pattern {
 }
 
 /// The key as PEFT wraps it.
+/// A pattern that all of a name must match, as Python's `re.fullmatch` has it.
+pub(crate) struct Whole(Regex);
+
+impl Whole {
+    /// `None` of a pattern that is malformed or too long to be tried.
+    pub(crate) fn compile(pattern: &str) -> Option<Whole> {
+        if pattern.len() > limits::PATTERN_BYTES {
+            return None;
+        }
+        build(&format!(r"\A(?:{pattern})\z"), limits::PATTERN_STEPS).ok().map(Whole)
+    }
+
+    /// Whether it matches; a name on which that takes too long counts as matched.
+    pub(crate) fn matches(&self, name: &str) -> bool {
+        self.0.is_match(name).unwrap_or(true)
+    }
+}
+
 fn compile(key: &str, steps: usize) -> Result<Regex, fancy_regex::Error> {
-    RegexBuilder::new(&format!(r"^(?:.*\.)?(?:{key})$"))
+    build(&format!(r"^(?:.*\.)?(?:{key})$"), steps)
+}
+
+fn build(pattern: &str, steps: usize) -> Result<Regex, fancy_regex::Error> {
+    RegexBuilder::new(pattern)
         .backtrack_limit(steps)
         .delegate_size_limit(1 << 20)
         .delegate_dfa_size_limit(1 << 20)

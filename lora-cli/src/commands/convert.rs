@@ -63,7 +63,7 @@ struct JsonReport {
 }
 
 /// The parameters of a base and their shapes.
-fn shapes(base: &Path) -> Result<BaseShapes, Failure> {
+pub(super) fn shapes(base: &Path) -> Result<BaseShapes, Failure> {
     let base = Checkpoint::open(base)?;
     let parameters = Parameters::of(&base).map_err(|problems| {
         let message = format!("{}: its tensors do not fit together", base.path().display());
