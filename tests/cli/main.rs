@@ -9,6 +9,7 @@
 mod adapters;
 mod compare;
 mod extract;
+mod formats;
 mod inspect;
 mod json;
 mod merge;
