@@ -270,7 +270,8 @@ pub(super) fn check(
         Form::Rotation(Rotation { radius: Some(radius), .. })
             if !radius.is_finite() || *radius < 0.0 =>
         {
-            problems.push(AdapterProblem::Scale { module: parameter.clone(), scale: *radius });
+            let (parameter, radius) = (parameter.clone(), *radius);
+            problems.push(AdapterProblem::Radius { parameter, radius });
         }
         _ => {}
     }

@@ -248,6 +248,7 @@ impl Reader {
             None => Layer::Linear,
         };
         let is_plain = a == Role::PlainA;
+        let alpha = if is_plain { parts.remove(&Role::Alpha) } else { None };
         let is_bare = is_plain || layer == Layer::Merged;
         let mut take = |role| if is_bare { None } else { parts.remove(&role) };
         let rank_gain = take(Role::RankGain);
@@ -258,7 +259,6 @@ impl Reader {
         let built = factors::of_layer(&name, layer, found, names, scaling, &mut self.problems);
         let Some(mut low_rank) = built else { return };
         if is_plain {
-            let alpha = parts.remove(&Role::Alpha);
             check_alpha(target, alpha, &low_rank, &mut self.problems);
         }
         low_rank.rank_gain = rank_gain;
