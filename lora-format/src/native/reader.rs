@@ -445,13 +445,15 @@ fn read_config(path: &Path, header: &Header) -> Result<Config> {
         let problem = format_args!("{bytes} bytes, the limit is {limit}");
         return Err(malformed(serde::de::Error::custom(problem)));
     }
-    let value = json::parse(path, text.as_bytes()).map_err(|error| match error {
+    let mut value = json::parse(path, text.as_bytes()).map_err(|error| match error {
         Error::Json { source, .. } => malformed(source),
         other => other,
     })?;
-    if !value.is_object() {
+    let Some(members) = value.as_object_mut() else {
         return Err(malformed(serde::de::Error::custom("it must be an object")));
-    }
+    };
+    // As if it were absent.
+    members.retain(|_, member| !member.is_null());
     let version = value.get("version").and_then(Value::as_str).unwrap_or("none");
     let known = is_known(version);
     if !known {
