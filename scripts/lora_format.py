@@ -188,11 +188,14 @@ class Component:
     def apply(self, weight):
         """W' in f64, in the shape in which the base stores it."""
         changed = weight + delta(self).reshape(weight.shape)
-        if self.magnitude is None:
+        if not self.depends():
             return changed
-        axis = 0 if self.kind == "embedding" else tuple(range(1, weight.ndim))
-        norm = np.sqrt((changed**2).sum(axis=axis, keepdims=True))
-        return self.magnitude.values().astype(np.float64).reshape(norm.shape) * (changed / norm)
+        # The axis of the features: an embedding stores its inputs first.
+        kept = int((self.kind == "embedding") == (self.in_magnitude is None))
+        axes = tuple(axis for axis in range(weight.ndim) if axis != kept)
+        norm = np.sqrt((changed**2).sum(axis=axes, keepdims=True))
+        magnitude = self.in_magnitude if self.magnitude is None else self.magnitude
+        return magnitude.values().astype(np.float64).reshape(norm.shape) * (changed / norm)
 
 
 @dataclass
@@ -341,7 +344,13 @@ class Adapter:
 def delta(component):
     """s·B·A in f64 as [out, in] (F7), [out, in·kernel] (F24), [vocabulary, dimension] (F25)."""
     a, b = (t.values().astype(np.float64) for t in (component.a, component.b))
-    change = component.scale * (b.reshape(len(b), -1) @ a.reshape(len(a), -1))
+    a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
+    if component.kind == "merged":
+        blocks = zip(np.split(a, len(a) // component.rank), np.split(b, len(a) // component.rank))
+        return component.scale * np.concatenate([rows @ columns for columns, rows in blocks])
+    if component.rank_gain is not None:
+        a = component.rank_gain.values().astype(np.float64)[:, None] * a
+    change = component.scale * (b @ a)
     return change.T if component.kind == "embedding" else change
 
 
@@ -808,6 +817,7 @@ def read(path):
     check(len(text.encode()) <= MAX_CONFIG, "F6", "a configuration over 32 MiB")
     config = parse(text, "F3", "the configuration")
     check(isinstance(config, dict), "F3", "the configuration is no object")
+    config = {name: value for name, value in config.items() if value is not None}
 
     version = member(config, "version", str, required=True, rule="F20")
     check(re.fullmatch(r"1\.\d+(-[0-9A-Za-z.-]+)?", version), "F20", f"version {version}")
@@ -828,12 +838,12 @@ def read(path):
             check(module not in scalings, "F13", f"`{module}` is in two overrides")
             scalings[module] = scaling
 
-    groups = read_groups(member(config, "forms", list, rule="F32") if config.get("forms") is not None else [])
+    groups = read_groups(member(config, "forms", list, rule="F32"))
     names = config.get("names")
     check(names is None or (isinstance(names, str) and names in NAMINGS), "F53", f"names of {names!r}")
 
     base = member(config, "base", dict) or {}
-    base = {k: base[k] for k in ("name", "revision", "fingerprint") if k in base}
+    base = {k: base[k] for k in ("name", "revision", "fingerprint") if base.get(k) is not None}
     member(base, "name", str)
     member(base, "revision", str)
     if member(base, "fingerprint", dict) is not None and not read_fingerprint(base["fingerprint"]):

@@ -399,6 +399,10 @@ def foreign():
     parts = Parts(Adapter(layers()))
     parts.config["version"] = "1.0-draft"
     out["draft"] = (parts.bytes(), "plain", "F20: the version before it was frozen")
+    parts = Parts(Adapter(layers()))
+    absent = ("overrides", "forms", "fan_in_fan_out", "names", "source", "extensions", "future")
+    parts.config |= dict.fromkeys(absent) | {"base": {"name": None, "fingerprint": None}}
+    out["nulls"] = (parts.bytes(), "plain", "section 3: `null` is absent")
     parts = Parts(vectors()["rotation"][0])
     parts.config["forms"] = [
         {"form": "rotation", "facts": {"layer": "embedding"}},

@@ -533,6 +533,8 @@ pub enum AdapterProblem {
     Candidates { parameter: String, candidates: usize },
     #[error("`{parameter}`: the configuration has no {what}")]
     NoFacts { parameter: String, what: &'static str },
+    #[error("`{parameter}`: the radius {radius} is not a finite number of at least 0")]
+    Radius { parameter: String, radius: f64 },
     #[error("`{name}` is both a parameter of the model and a module with a `weight`")]
     ShortName { name: String },
     #[error("`{parameter}`: {first} and {second} cannot both act on it")]

@@ -956,3 +956,16 @@ impl fmt::Display for Note {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_format_is_found_by_its_name() {
+        for format in AdapterFormat::ALL {
+            assert_eq!(AdapterFormat::from_name(format.name()), Some(format));
+        }
+        assert_eq!(AdapterFormat::from_name("Kohya"), None);
+    }
+}

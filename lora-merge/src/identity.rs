@@ -4,7 +4,7 @@ use lora_format::Tensor;
 use lora_format::checkpoint::{Checkpoint, Location};
 use lora_format::fingerprint::{self, Fingerprint, TargetSamples, Verdict};
 use lora_format::io::mmap::Mapping;
-use lora_format::model::Adapter;
+use lora_format::model::{Adapter, Component, Form};
 
 use crate::error::{Error, PlanProblem, Result};
 use crate::numbers::float_type;
@@ -130,9 +130,13 @@ pub fn stamp(adapter: &Adapter, base: &Checkpoint) -> Result<Fingerprint> {
         problems,
     };
     let parameters = Parameters::of(base).map_err(refuse)?;
-    // A head that the base does not store, since it is tied or new, has no values to sample.
-    let wanted: Vec<Wanted<'_>> =
+    // A head that the base does not store, since it is tied or new, has no values to sample; and
+    // which parameter the factors of fused experts belong to, their name does not say.
+    let mut wanted: Vec<Wanted<'_>> =
         adapter.components.iter().map(|component| wanted(component, &parameters)).collect();
+    for (wanted, Component { form, .. }) in wanted.iter_mut().zip(&adapter.components) {
+        wanted.optional |= matches!(form, Form::Experts(_));
+    }
     let resolution = resolve::resolve(&wanted, &parameters);
     if !resolution.problems.is_empty() {
         return Err(refuse(resolution.problems));

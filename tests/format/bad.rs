@@ -576,7 +576,7 @@ const NATIVE: &[(&str, &str)] = &[
     ),
     (
         "alpha-beyond-f64.safetensors",
-        "alpha-beyond-f64.safetensors: the configuration in its metadata (`lora_format`): number out of range at line 1 column 154",
+        "alpha-beyond-f64.safetensors: the configuration in its metadata (`lora_format`): number out of range at line 1 column 148",
     ),
     (
         "alpha-dtype.safetensors",
@@ -623,6 +623,18 @@ const NATIVE: &[(&str, &str)] = &[
         "clash-added.safetensors: the adapter is malformed: `m.weight`: token rows and added cannot both act on it",
     ),
     (
+        "clash-decomposed.safetensors",
+        "clash-decomposed.safetensors: the adapter is malformed: `m.weight`: the tensors `in_magnitude`, `magnitude` do not make up a change of the form hadamard",
+    ),
+    (
+        "clash-dependent.safetensors",
+        "clash-dependent.safetensors: the adapter is malformed: `m.weight`: IA³ and DoRA cannot both act on it",
+    ),
+    (
+        "clash-form.safetensors",
+        "clash-form.safetensors: the adapter is malformed: `m.weight`: base copy and replaced cannot both act on it",
+    ),
+    (
         "clash-layers.safetensors",
         "clash-layers.safetensors: the adapter is malformed: `m.weight`: LoRA and LoRA cannot both act on it",
     ),
@@ -636,15 +648,15 @@ const NATIVE: &[(&str, &str)] = &[
     ),
     (
         "config-key-twice-deep.safetensors",
-        "config-key-twice-deep.safetensors: the configuration in its metadata (`lora_format`): the key `k` appears twice at line 1 column 234",
+        "config-key-twice-deep.safetensors: the configuration in its metadata (`lora_format`): the key `k` appears twice at line 1 column 228",
     ),
     (
         "config-key-twice.safetensors",
-        "config-key-twice.safetensors: the configuration in its metadata (`lora_format`): the key `requires` appears twice at line 1 column 70",
+        "config-key-twice.safetensors: the configuration in its metadata (`lora_format`): the key `requires` appears twice at line 1 column 64",
     ),
     (
         "config-not-json.safetensors",
-        "config-not-json.safetensors: the configuration in its metadata (`lora_format`): EOF while parsing a string at line 1 column 168",
+        "config-not-json.safetensors: the configuration in its metadata (`lora_format`): EOF while parsing a string at line 1 column 162",
     ),
     (
         "convolution-groups.safetensors",
@@ -676,6 +688,30 @@ const NATIVE: &[(&str, &str)] = &[
         "embedding-without-b.safetensors: the adapter is malformed: `e.weight.lora:embedding_A` has no partner `e.weight.lora:embedding_B`",
     ),
     (
+        "experts-candidates.safetensors",
+        "experts-candidates.safetensors: the adapter is malformed: `mlp.experts.gate|down`: 1 candidates for the parameters that its name lists",
+    ),
+    (
+        "experts-depth.safetensors",
+        "experts-depth.safetensors: the adapter is malformed: `mlp.experts.down.lora:experts.01.A` belongs to no component",
+    ),
+    (
+        "experts-nameless.safetensors",
+        "experts-nameless.safetensors: the adapter is malformed: `mlp.experts.gate|`: 2 candidates for the parameters that its name lists",
+    ),
+    (
+        "experts-rank-zero.safetensors",
+        "experts-rank-zero.safetensors: the adapter is malformed: `mlp.experts.down`: rank 0 is not between 1 and 65536",
+    ),
+    (
+        "experts-rank.safetensors",
+        "experts-rank.safetensors: the adapter is malformed: `mlp.experts.down.lora:experts.0.A`: shape [6, 3]; its rows are a multiple of every candidate's rank",
+    ),
+    (
+        "experts-without-depth.safetensors",
+        "experts-without-depth.safetensors: the adapter is malformed: `mlp.experts.down.lora:experts.A` belongs to no component",
+    ),
+    (
         "extension-bare.safetensors",
         "extension-bare.safetensors: `extensions.a.b` must be an object of `copy` (`safe` or `unsafe`) and `value`, found 1",
     ),
@@ -704,6 +740,38 @@ const NATIVE: &[(&str, &str)] = &[
         "factor-six-dimensions.safetensors: the adapter is malformed: `model.layers.0.q_proj.lora_A.weight`: shape [2, 3, 1, 1, 1, 1]; A of a linear layer is rank × in",
     ),
     (
+        "facts-axis.safetensors",
+        "facts-axis.safetensors: `forms.gain.axis` must be `in` or `out`, found \"both\"",
+    ),
+    (
+        "facts-missing.safetensors",
+        "facts-missing.safetensors: `forms.hadamard.rank` must be a count, found nothing",
+    ),
+    (
+        "facts-needless.safetensors",
+        "facts-needless.safetensors: `forms.hadamard.axis` must be absent: the form has no such fact, found \"in\"",
+    ),
+    (
+        "facts-radius.safetensors",
+        "facts-radius.safetensors: the adapter is malformed: `m.weight`: the radius -1 is not a finite number of at least 0",
+    ),
+    (
+        "facts-rank-limit.safetensors",
+        "facts-rank-limit.safetensors: the adapter is malformed, in 2 places:\n  - `m.weight`: rank 65537 is not between 1 and 65536\n  - `n.weight`: rank 65537 is not between 1 and 65536",
+    ),
+    (
+        "facts-rank-zero.safetensors",
+        "facts-rank-zero.safetensors: the adapter is malformed, in 2 places:\n  - `m.weight`: rank 0 is not between 1 and 65536\n  - `n.weight`: rank 0 is not between 1 and 65536",
+    ),
+    (
+        "facts-rank.safetensors",
+        "facts-rank.safetensors: `forms.hadamard.rank` must be a count, found 2.0",
+    ),
+    (
+        "facts-rule.safetensors",
+        "facts-rule.safetensors: `forms.hadamard.scaling` must be an object of `alpha` and `rule`, found {\"alpha\":1,\"rule\":\"alpha\"}",
+    ),
+    (
         "fingerprint-not-base64.safetensors",
         "fingerprint-not-base64.safetensors: `base.fingerprint.model.layers.0.q_proj.weight` must be base64 of 16 f32 values, found \"********************************************************...",
     ),
@@ -712,12 +780,96 @@ const NATIVE: &[(&str, &str)] = &[
         "fingerprint-short.safetensors: `base.fingerprint.model.layers.0.q_proj.weight` must be base64 of 16 f32 values, found \"lKZEP9R7Fj/g5vM+\"",
     ),
     (
+        "form-both-sides.safetensors",
+        "form-both-sides.safetensors: the adapter is malformed: `m.weight`: the tensors `w1`, `w1a`, `w1b` do not make up a change of the form kronecker",
+    ),
+    (
+        "form-dtype.safetensors",
+        "form-dtype.safetensors: the adapter is malformed: `m.weight.lora:hadamard.w2a`: dtype I8; a factor must be F32, F16 or BF16",
+    ),
+    (
+        "form-empty.safetensors",
+        "form-empty.safetensors: the adapter is malformed: `m.weight.lora:hadamard.w1a`: shape [0, 2]; beside the form's other tensors it must be out × r",
+    ),
+    (
+        "form-kernel.safetensors",
+        "form-kernel.safetensors: the adapter is malformed: `m.weight.lora:kronecker.w2`: shape [2, 2, 1, 1, 1, 1]; beside the form's other tensors it must be c × d × kernel?",
+    ),
+    (
+        "form-one-core.safetensors",
+        "form-one-core.safetensors: the adapter is malformed: `m.weight`: the tensors `t1`, `w1a`, `w1b`, `w2a`, `w2b` do not make up a change of the form hadamard",
+    ),
+    (
+        "form-ones.safetensors",
+        "form-ones.safetensors: the adapter is malformed: `m.weight.lora:proportional.B`: shape [4, 2, 1]; beside the form's other tensors it must be out × r × ones",
+    ),
+    (
+        "form-shape.safetensors",
+        "form-shape.safetensors: the adapter is malformed: `m.weight.lora:hadamard.w2a`: shape [5, 2]; beside the form's other tensors it must be out × q",
+    ),
+    (
+        "form-unknown.safetensors",
+        "form-unknown.safetensors: the adapter is malformed: `m.weight.lora:fourier.spectrum` belongs to no component",
+    ),
+    (
+        "form-without-role.safetensors",
+        "form-without-role.safetensors: the adapter is malformed: `m.weight`: the tensors `w1a`, `w1b`, `w2a` do not make up a change of the form hadamard",
+    ),
+    (
         "format-missing.safetensors",
         "format-missing.safetensors: `format` must be `pt` in `__metadata__`, found nothing",
     ),
     (
         "format-other.safetensors",
         "format-other.safetensors: `format` must be `pt` in `__metadata__`, found \"tf\"",
+    ),
+    (
+        "forms-missing.safetensors",
+        "forms-missing.safetensors: the adapter is malformed, in 2 places:\n  - `m.weight`: the configuration has no facts of its form\n  - `n.weight`: the configuration has no facts of its form",
+    ),
+    (
+        "forms-module-twice.safetensors",
+        "forms-module-twice.safetensors: `forms` must be one group per form for each module, found \"m\"",
+    ),
+    (
+        "forms-needless.safetensors",
+        "forms-needless.safetensors: `forms` must be groups of forms that the file has, found \"kronecker\"",
+    ),
+    (
+        "forms-no-default.safetensors",
+        "forms-no-default.safetensors: `forms` must be one group without modules for each form, found \"hadamard\"",
+    ),
+    (
+        "forms-two-defaults.safetensors",
+        "forms-two-defaults.safetensors: `forms` must be one group without modules for each form, found \"hadamard\"",
+    ),
+    (
+        "forms-unknown-member.safetensors",
+        "forms-unknown-member.safetensors: the configuration in its metadata (`lora_format`): unknown field `axis`, expected one of `form`, `facts`, `modules`",
+    ),
+    (
+        "forms-unknown.safetensors",
+        "forms-unknown.safetensors: `forms` must be groups of forms that have facts, found \"fourier\"",
+    ),
+    (
+        "forms-without-facts.safetensors",
+        "forms-without-facts.safetensors: `forms` must be groups of forms that have facts, found \"circulant\"",
+    ),
+    (
+        "forms-without-tensors.safetensors",
+        "forms-without-tensors.safetensors: the adapter is malformed: the configuration names the module `x`, which has no tensors",
+    ),
+    (
+        "gain-shape.safetensors",
+        "gain-shape.safetensors: the adapter is malformed: `m.weight.lora:gain.gain`: shape [2, 2]; beside the form's other tensors it must be lengths of which at most one is not 1",
+    ),
+    (
+        "grid-rank.safetensors",
+        "grid-rank.safetensors: the adapter is malformed: `m.weight.lora:grid.A`: shape [2, 3, 3]; the rank is a multiple of k",
+    ),
+    (
+        "in-magnitude-shape.safetensors",
+        "in-magnitude-shape.safetensors: the adapter is malformed: `m.weight.lora:in_magnitude`: shape [4]; a magnitude of inputs is one value per input feature",
     ),
     (
         "indices-without-rows.safetensors",
@@ -744,6 +896,22 @@ const NATIVE: &[(&str, &str)] = &[
         "magnitude-shape.safetensors: the adapter is malformed: `m.weight.lora:magnitude`: shape [3]; a magnitude is one value per output feature",
     ),
     (
+        "magnitudes-both.safetensors",
+        "magnitudes-both.safetensors: the adapter is malformed: two tensors mean the same factor: `m.weight.lora:magnitude` and `m.weight.lora:in_magnitude`",
+    ),
+    (
+        "merged-gain.safetensors",
+        "merged-gain.safetensors: the adapter is malformed: `m.weight.lora:magnitude` belongs to no component",
+    ),
+    (
+        "merged-groups.safetensors",
+        "merged-groups.safetensors: the adapter is malformed: `m`: A [4, 3] and B [7, 2] do not agree on the rank",
+    ),
+    (
+        "merged-rows.safetensors",
+        "merged-rows.safetensors: the adapter is malformed: `m`: A [5, 3] and B [8, 2] do not agree on the rank",
+    ),
+    (
         "module-in-two-overrides.safetensors",
         "module-in-two-overrides.safetensors: `overrides` must be one entry per module, found \"model.layers.0.q_proj\"",
     ),
@@ -752,12 +920,28 @@ const NATIVE: &[(&str, &str)] = &[
         "module-twice-in-override.safetensors: `overrides` must be one entry per module, found \"model.layers.0.q_proj\"",
     ),
     (
+        "names-own.safetensors",
+        "names-own.safetensors: `names` must be a format that spells modules in its own way, such as `kohya`, found \"peft\"",
+    ),
+    (
+        "names-unknown.safetensors",
+        "names-unknown.safetensors: `names` must be a format that spells modules in its own way, such as `kohya`, found \"a1111\"",
+    ),
+    (
         "override-unknown-member.safetensors",
         "override-unknown-member.safetensors: the configuration in its metadata (`lora_format`): unknown field `rows`, expected `scaling` or `modules`",
     ),
     (
         "override-without-tensors.safetensors",
         "override-without-tensors.safetensors: the adapter is malformed: the configuration names the module `lm_head`, which has no tensors",
+    ),
+    (
+        "rank-gain-dtype.safetensors",
+        "rank-gain-dtype.safetensors: the adapter is malformed: `m.weight.lora:rank_gain`: dtype I8; a factor must be F32, F16 or BF16",
+    ),
+    (
+        "rank-gain-shape.safetensors",
+        "rank-gain-shape.safetensors: the adapter is malformed: `m.weight.lora:rank_gain`: shape [2, 1]; a gain is one value per rank",
     ),
     (
         "rank-mismatch.safetensors",
@@ -781,7 +965,7 @@ const NATIVE: &[(&str, &str)] = &[
     ),
     (
         "requires-unknown.safetensors",
-        "requires-unknown.safetensors: the adapter uses what this version does not implement: `kronecker`: the file requires this feature of its reader; a newer version may know it",
+        "requires-unknown.safetensors: the adapter uses what this version does not implement: `rows`: the file requires this feature of its reader; a newer version may know it",
     ),
     (
         "requires-unsorted.safetensors",
@@ -792,8 +976,16 @@ const NATIVE: &[(&str, &str)] = &[
         "requires-unused.safetensors: `requires` must be the features that the file uses, sorted, found [\"low-rank\",\"magnitude\"]",
     ),
     (
+        "role-of-form-unknown.safetensors",
+        "role-of-form-unknown.safetensors: the adapter is malformed: `m.weight.lora:hadamard.t3` belongs to no component",
+    ),
+    (
         "role-unknown.safetensors",
         "role-unknown.safetensors: the adapter is malformed: `m.weight.lora:mid` belongs to no component",
+    ),
+    (
+        "rotation-elements.safetensors",
+        "rotation-elements.safetensors: the adapter is malformed: `m.weight.lora:rotation.generators`: shape [2, 4]; beside the form's other tensors it must be blocks × triangle",
     ),
     (
         "rows-dimensions.safetensors",
@@ -860,8 +1052,40 @@ const NATIVE: &[(&str, &str)] = &[
         "scaling-unknown-member.safetensors: the configuration in its metadata (`lora_format`): unknown field `warp`, expected `alpha` or `rule`",
     ),
     (
+        "shared-half.safetensors",
+        "shared-half.safetensors: the adapter is malformed: `m.weight`: the tensors `A`, `in_gain`, `out_gain` do not make up a change of the form shared",
+    ),
+    (
+        "shared-missing.safetensors",
+        "shared-missing.safetensors: the adapter is malformed, in 3 places:\n  - `m.weight`: the configuration has no factors of the number that its facts give\n  - `lora:shared.0.A` belongs to no component\n  - `lora:shared.0.B` belongs to no component",
+    ),
+    (
+        "shared-outputs.safetensors",
+        "shared-outputs.safetensors: the adapter is malformed: `m.weight.lora:shared.out_gain`: shape [7]; it has at most as many values as the shared B has rows",
+    ),
+    (
+        "shared-own.safetensors",
+        "shared-own.safetensors: the adapter is malformed: `m.weight.lora:shared.A` belongs to no component",
+    ),
+    (
+        "shared-unused.safetensors",
+        "shared-unused.safetensors: the adapter is malformed: `lora:shared.1.A` belongs to no component",
+    ),
+    (
+        "short-name.safetensors",
+        "short-name.safetensors: the adapter is malformed: `m` is both a parameter of the model and a module with a `weight`",
+    ),
+    (
         "source-unknown-member.safetensors",
         "source-unknown-member.safetensors: the configuration in its metadata (`lora_format`): unknown field `version`, expected `format` or `config`",
+    ),
+    (
+        "source-unknown.safetensors",
+        "source-unknown.safetensors: `source.format` must be a format that has a configuration, such as `peft`, found \"a1111\"",
+    ),
+    (
+        "sparse-indices.safetensors",
+        "sparse-indices.safetensors: the adapter is malformed: `m.weight.lora:sparse.indices`: dtype F32; indices must be I32 or I64",
     ),
     (
         "tensor-unused-infix.safetensors",

@@ -1108,6 +1108,26 @@ fn an_adapter_of_36_096_experts_stays_small() {
     println!("header of {header} bytes; written, read and compared in {seconds:.2} s");
 }
 
+/// F32: facts that many components have in common take one entry.
+#[test]
+fn facts_of_many_components_stay_small() {
+    let mut random = Random(9);
+    let component = |index: usize| {
+        let module = format!("model.layers.{}.mlp.experts.{}.up_proj", index / 128, index % 128);
+        let gain = tensor(&mut random, Dtype::Bf16, &[1, 2]);
+        let form = Form::Gain(Gain { gain, axis: GainAxis::In, stored: GainStored::Whole });
+        Component { target: Target::weight(module), form }
+    };
+    let made = adapter((0..36_096).map(component).collect());
+    let scratch = tempfile::tempdir().unwrap();
+    let path = scratch.path().join("gains.safetensors");
+    write(&made, &path);
+    let file = SafetensorsFile::open(&path).unwrap();
+    let config = file.header().metadata_value(native::CONFIG_KEY).unwrap();
+    assert!(config.len() < 300, "{config}");
+    assert_eq!(native::read(&file).unwrap().components.len(), 36_096);
+}
+
 /// An adapter whose file changes while it is copied gives no output: neither of ours nor of PEFT's.
 #[test]
 fn a_changed_input_leaves_no_output() {

@@ -309,6 +309,19 @@ fn a_copy_in_our_own_format_merges_alike() {
     assert!(merged >= 120, "{merged}");
 }
 
+/// The base of an adapter of fused experts is known by its other targets.
+#[test]
+fn an_adapter_of_experts_is_stamped() {
+    let case = fixtures().join("features/moe-qwen3-moe-fused");
+    let description = read_json(&case.join("case.json"));
+    let adapter = lora_format::read(&case.join("adapter"), &ReadOptions::default()).unwrap();
+    let base = Checkpoint::open(&case.join(description["base"].as_str().unwrap())).unwrap();
+    let fingerprint = lora_merge::identity::stamp(&adapter, &base).unwrap();
+    assert!(adapter.components.iter().any(|component| component.target.parameter.contains('|')));
+    let targets: Vec<&str> = fingerprint.targets.iter().map(|it| it.target.as_str()).collect();
+    assert_eq!(targets, ["model.layers.0.self_attn.q_proj.weight"]);
+}
+
 /// Threads, tiles and instruction sets change nothing.
 #[test]
 fn the_bytes_depend_on_nothing_else() {

@@ -1,5 +1,5 @@
 //! Which components the format holds, and what their tensors are called (`docs/FORMAT.md`,
-//! section 2).
+//! sections 2 and 7).
 //!
 //! A plain low-rank change bears the names that today's loaders know, after its module. Everything
 //! else is named after its parameter, with an infix that no other loader matches, so that none

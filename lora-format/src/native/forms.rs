@@ -270,7 +270,8 @@ pub(super) fn check(
         Form::Rotation(Rotation { radius: Some(radius), .. })
             if !radius.is_finite() || *radius < 0.0 =>
         {
-            problems.push(AdapterProblem::Scale { module: parameter.clone(), scale: *radius });
+            let (parameter, radius) = (parameter.clone(), *radius);
+            problems.push(AdapterProblem::Radius { parameter, radius });
         }
         _ => {}
     }
@@ -564,4 +565,47 @@ pub(super) fn put_together(
         }),
         _ => return None,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_label_is_read_as_it_is_written() {
+        for text in ["hadamard", "experts.0", "experts.12", "shared"] {
+            assert_eq!(Label::of(text).map(Label::text).as_deref(), Some(text));
+        }
+        for text in
+            ["experts", "experts.", "experts.01", "experts.+1", "hadamard.0", "low-rank", ""]
+        {
+            assert_eq!(Label::of(text), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn every_fact_that_a_form_must_have_can_be_set() {
+        let value = |name: &str| match name {
+            "axis" => Value::from("in"),
+            "stored" => "less-one".into(),
+            "layer" => "convolution".into(),
+            "orthogonal" => true.into(),
+            "radius" => number_value(0.5),
+            "scaling" => scaling_value(Scaling::of_rank(3)),
+            "candidates" => Value::Array(Vec::new()),
+            _ => 7.into(),
+        };
+        for form in
+            ["experts.0", "gain", "grid", "proportional", "reflections", "rotation", "shared"]
+        {
+            let Some(label) = Label::of(form) else { panic!("{form}") };
+            let (required, optional) = members(label.form);
+            for name in required.iter().chain(optional) {
+                assert!(Facts::default().set(name, &value(name)), "{name}");
+                assert!(!Facts::default().set(name, &Value::from(vec![1])), "{name}");
+            }
+            assert!(has_facts(label.form));
+        }
+        assert!(!has_facts("butterfly"));
+    }
 }

@@ -248,6 +248,7 @@ impl Reader {
             None => Layer::Linear,
         };
         let is_plain = a == Role::PlainA;
+        let alpha = if is_plain { parts.remove(&Role::Alpha) } else { None };
         let is_bare = is_plain || layer == Layer::Merged;
         let mut take = |role| if is_bare { None } else { parts.remove(&role) };
         let rank_gain = take(Role::RankGain);
@@ -258,7 +259,6 @@ impl Reader {
         let built = factors::of_layer(&name, layer, found, names, scaling, &mut self.problems);
         let Some(mut low_rank) = built else { return };
         if is_plain {
-            let alpha = parts.remove(&Role::Alpha);
             check_alpha(target, alpha, &low_rank, &mut self.problems);
         }
         low_rank.rank_gain = rank_gain;
@@ -445,13 +445,15 @@ fn read_config(path: &Path, header: &Header) -> Result<Config> {
         let problem = format_args!("{bytes} bytes, the limit is {limit}");
         return Err(malformed(serde::de::Error::custom(problem)));
     }
-    let value = json::parse(path, text.as_bytes()).map_err(|error| match error {
+    let mut value = json::parse(path, text.as_bytes()).map_err(|error| match error {
         Error::Json { source, .. } => malformed(source),
         other => other,
     })?;
-    if !value.is_object() {
+    let Some(members) = value.as_object_mut() else {
         return Err(malformed(serde::de::Error::custom("it must be an object")));
-    }
+    };
+    // As if it were absent.
+    members.retain(|_, member| !member.is_null());
     let version = value.get("version").and_then(Value::as_str).unwrap_or("none");
     let known = is_known(version);
     if !known {

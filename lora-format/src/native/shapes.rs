@@ -123,7 +123,11 @@ pub(super) fn check(
             problems.extend(check_dtype(&name(role), role, tensor));
             if !lengths.fit(shape, &tensor.shape) {
                 let (tensor, found) = (name(role), Shape(tensor.shape.clone()));
-                problems.push(AdapterProblem::FormShape { tensor, found, expected: shape });
+                let line = "lengths of which at most one is not 1";
+                let expected = if shape == "line" { line } else { shape };
+                problems.push(AdapterProblem::FormShape { tensor, found, expected });
+                // What the others should be is then not known.
+                return problems;
             }
         }
     }
