@@ -474,6 +474,9 @@ def bad():
     case("config-array", "F3", "the configuration is an array")(lambda p: "[]")
     case("format-missing", "F3", "`__metadata__` lacks `format`")(without("format"))
     case("format-other", "F3", "`format` is `tf`")(lambda p: p.metadata.update(format="tf"))
+    for name, members in (("scaling", {"scaling": [16, "alpha/rank"]}), ("base", {"base": []}), ("override", {
+        "overrides": [[scaling, [module]]]}), ("forms", {"forms": [["gain", {}]]}), ("source", {"source": ["peft", {}]})):
+        case(f"array-{name}", "F3", f"`{name}` is an array of the values that its object would have")(config(**members))
     case("a-without-b", "F11", "lora_A has no lora_B")(without("lora_B.weight"))
     case("b-without-a", "F11", "lora_B has no lora_A")(without("lora_A.weight"))
     case("rank-mismatch", "F7", "lora_A has rank 2, lora_B rank 1")(

@@ -615,6 +615,26 @@ const NATIVE: &[(&str, &str)] = &[
         "alpha-value.safetensors: the adapter is malformed: `model.layers.0.q_proj`: the tensor `model.layers.0.q_proj.alpha` holds 17, the configuration gives 16",
     ),
     (
+        "array-base.safetensors",
+        "array-base.safetensors: the configuration in its metadata (`lora_format`): invalid type: sequence, expected a map",
+    ),
+    (
+        "array-forms.safetensors",
+        "array-forms.safetensors: the configuration in its metadata (`lora_format`): invalid type: sequence, expected a map",
+    ),
+    (
+        "array-override.safetensors",
+        "array-override.safetensors: the configuration in its metadata (`lora_format`): invalid type: sequence, expected a map",
+    ),
+    (
+        "array-scaling.safetensors",
+        "array-scaling.safetensors: the configuration in its metadata (`lora_format`): invalid type: sequence, expected a map",
+    ),
+    (
+        "array-source.safetensors",
+        "array-source.safetensors: the configuration in its metadata (`lora_format`): invalid type: sequence, expected a map",
+    ),
+    (
         "b-without-a.safetensors",
         "b-without-a.safetensors: the adapter is malformed: `model.layers.0.q_proj.lora_B.weight` has no partner `model.layers.0.q_proj.lora_A.weight`",
     ),

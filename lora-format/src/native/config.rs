@@ -1,6 +1,7 @@
 //! The JSON document in the metadata, field by field as `docs/FORMAT.md` numbers them.
 
-use serde::{Deserialize, Serialize};
+use serde::de::{DeserializeOwned, Error as _};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
 
 /// The whole document. Unknown members are kept out: a later minor version may add optional
@@ -11,19 +12,19 @@ pub(super) struct Config {
     pub requires: Vec<String>,
     pub digest: String,
     /// There if any component has one.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "some_object")]
     pub scaling: Option<ScalingConfig>,
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty", deserialize_with = "objects")]
     pub overrides: Vec<Override>,
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty", deserialize_with = "objects")]
     pub forms: Vec<FormGroup>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fan_in_fan_out: Option<bool>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub names: Option<String>,
-    #[serde(default, skip_serializing_if = "BaseConfig::is_empty")]
+    #[serde(default, skip_serializing_if = "BaseConfig::is_empty", deserialize_with = "object")]
     pub base: BaseConfig,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "some_object")]
     pub source: Option<SourceField>,
     #[serde(default, skip_serializing_if = "Map::is_empty")]
     pub extensions: Map<String, Value>,
@@ -41,6 +42,7 @@ pub(super) struct ScalingConfig {
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Override {
+    #[serde(deserialize_with = "object")]
     pub scaling: ScalingConfig,
     pub modules: Vec<String>,
 }
@@ -76,6 +78,7 @@ impl BaseConfig {
 #[serde(deny_unknown_fields)]
 pub(super) struct FingerprintConfig {
     pub algorithm: String,
+    #[serde(deserialize_with = "objects")]
     pub targets: Vec<TargetConfig>,
 }
 
@@ -94,6 +97,30 @@ pub(super) struct TargetConfig {
 pub(super) struct SourceField {
     pub format: String,
     pub config: Map<String, Value>,
+}
+
+/// A value from an object: derived readers take an array of the members' values, too.
+fn object<'de, D: Deserializer<'de>, T: DeserializeOwned>(deserializer: D) -> Result<T, D::Error> {
+    let members = Map::<String, Value>::deserialize(deserializer)?;
+    serde_json::from_value(Value::Object(members)).map_err(D::Error::custom)
+}
+
+fn some_object<'de, D, T>(deserializer: D) -> Result<Option<T>, D::Error>
+where
+    D: Deserializer<'de>,
+    T: DeserializeOwned,
+{
+    object(deserializer).map(Some)
+}
+
+fn objects<'de, D, T>(deserializer: D) -> Result<Vec<T>, D::Error>
+where
+    D: Deserializer<'de>,
+    T: DeserializeOwned,
+{
+    let all = Vec::<Map<String, Value>>::deserialize(deserializer)?;
+    let read = |members| serde_json::from_value(Value::Object(members)).map_err(D::Error::custom);
+    all.into_iter().map(read).collect()
 }
 
 /// An integral number is written as one: `16`, not `16.0`.
