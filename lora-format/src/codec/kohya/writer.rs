@@ -1,5 +1,6 @@
 //! Writing a file of these formats. Modules are written as the adapter spells them.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use serde_json::{Map, Value};
@@ -61,8 +62,10 @@ pub fn write(
         AdapterFormat::Diffusers => &DIFFUSERS,
         _ => &KOHYA,
     };
-    let mut output =
-        Output { format, suffixes, options, tensors: Vec::new(), written: Written::default() };
+    let norms = adapter.components.iter().filter(|one| is_norm(one));
+    let norms = norms.map(|one| one.target.module.as_str()).collect();
+    let (tensors, written) = (Vec::new(), Written::default());
+    let mut output = Output { format, suffixes, options, norms, tensors, written };
     for component in &adapter.components {
         output.component(component).map_err(|what| Error::Inexpressible {
             path: adapter.path.clone(),
@@ -106,10 +109,23 @@ pub fn write(
     Ok(written)
 }
 
+/// Whether it changes the weight of a norm: a vector, unless the file that it is from calls it
+/// otherwise.
+fn is_norm(component: &Component) -> bool {
+    match &component.form {
+        Form::Added { tensor, .. } if component.target.parameter == "weight" => {
+            tensor.shape.len() == 1 && !tensor.name.ends_with(".diff")
+        }
+        _ => false,
+    }
+}
+
 struct Output<'a> {
     format: AdapterFormat,
     suffixes: &'static Suffixes,
     options: &'a WriteOptions,
+    /// Modules whose weight is a vector.
+    norms: BTreeSet<&'a str>,
     tensors: Vec<Tensor>,
     written: Written,
 }
@@ -127,19 +143,14 @@ impl Output<'_> {
         match (target.parameter.as_str(), form) {
             ("weight", Form::LowRank(form)) => self.low_rank(module, form),
             ("weight", Form::Added { tensor, scale }) => {
-                let norm = tensor.shape.len() == 1;
-                // A change of a matrix that the file called so is not renamed.
-                let suffix = match tensor.name.ends_with(".diff") {
-                    false if norm => ".w_norm",
-                    _ => ".diff",
-                };
+                let suffix = if self.norms.contains(module) { ".w_norm" } else { ".diff" };
                 self.added(module, suffix, tensor, *scale)
             }
             ("bias", Form::Added { tensor, scale }) => {
                 if self.format == AdapterFormat::Diffusers {
                     return self.added(module, ".lora_B.bias", tensor, *scale);
                 }
-                let norm = tensor.name.ends_with(".b_norm");
+                let norm = self.norms.contains(module) || tensor.name.ends_with(".b_norm");
                 let suffix = if norm { ".b_norm" } else { ".diff_b" };
                 self.added(module, suffix, tensor, *scale)
             }
