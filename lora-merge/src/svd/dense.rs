@@ -271,6 +271,18 @@ mod lapack {
         NotConverged { library: "LAPACK", what, rows: matrix.nrows(), cols: matrix.ncols() }
     }
 
+    /// A symmetric matrix of which only the lower half means something, in full: which half of a
+    /// row-major matrix is meant, ndarray-linalg and LAPACK do not agree on.
+    fn mirrored(matrix: ArrayView2<'_, f64>) -> Array2<f64> {
+        let mut full = matrix.to_owned();
+        for row in 0..full.nrows() {
+            for col in row + 1..full.ncols() {
+                full[[row, col]] = full[[col, row]];
+            }
+        }
+        full
+    }
+
     impl Dense for Lapack {
         fn name(&self) -> &'static str {
             "LAPACK"
@@ -280,7 +292,7 @@ mod lapack {
             if matrix.is_empty() {
                 return Ok(Eigen { values: Vec::new(), vectors: Array2::zeros((0, 0)) });
             }
-            let (values, vectors) = matrix
+            let (values, vectors) = mirrored(matrix)
                 .eigh(UPLO::Lower)
                 .map_err(|_| not_converged("eigendecomposition", matrix))?;
             let values = values.iter().rev().copied().collect();
@@ -292,7 +304,7 @@ mod lapack {
             if matrix.is_empty() {
                 return Ok(Vec::new());
             }
-            let values: Array1<f64> = matrix
+            let values: Array1<f64> = mirrored(matrix)
                 .eigvalsh(UPLO::Lower)
                 .map_err(|_| not_converged("eigendecomposition", matrix))?;
             Ok(values.iter().rev().copied().collect())
