@@ -37,6 +37,7 @@ enum Command {
     Compare(commands::compare::Arguments),
     Convert(commands::convert::Arguments),
     Resize(commands::resize::Arguments),
+    Combine(commands::combine::Arguments),
     Stamp(commands::stamp::Arguments),
 }
 
@@ -53,6 +54,7 @@ fn main() -> ExitCode {
         Command::Compare(arguments) => (arguments.output.json, commands::compare::run(arguments)),
         Command::Convert(arguments) => (arguments.json, commands::convert::run(arguments)),
         Command::Resize(arguments) => (arguments.json, commands::resize::run(arguments)),
+        Command::Combine(arguments) => (arguments.json, commands::combine::run(arguments)),
         Command::Stamp(arguments) => (arguments.json, commands::stamp::run(arguments)),
     };
     match result {

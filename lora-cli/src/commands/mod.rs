@@ -2,6 +2,7 @@
 
 mod adapter_output;
 mod analysing;
+pub(crate) mod combine;
 pub(crate) mod compare;
 pub(crate) mod convert;
 pub(crate) mod extract;
