@@ -288,12 +288,12 @@ fn adapters_of_a_trainer_combine_and_merge() {
     let scratch = tempfile::tempdir().unwrap();
     let root = scratch.path();
     // Linear layers of several ranks, an embedding, a convolution.
-    let (first, second) = (peft("llama-vanilla/adapter"), peft("llama-patterns/adapter"));
+    let (first, second) = (peft("llama-rslora/adapter"), peft("llama-patterns/adapter"));
     let weighted = [format!("{first}@0.5"), format!("{second}@0.25")];
     let own = report(root, &[&weighted[0], &weighted[1], "-o", "llama"]);
     assert!(own.targets.len() > 5);
     assert!(own.targets.iter().all(|target| target.relative < 1e-7));
-    cli(root, &["merge", &peft("llama-vanilla/base"), "llama", "-q", "-o", "merged"]).done();
+    cli(root, &["merge", &peft("llama-patterns/base"), "llama", "-q", "-o", "merged"]).done();
     for case in ["embedding", "conv2d"] {
         let adapter = feature(&format!("{case}/adapter"));
         let doubled = [format!("{adapter}@3"), format!("{adapter}@-2")];

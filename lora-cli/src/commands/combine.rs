@@ -216,6 +216,10 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
     if progress.is_cancelled() {
         return Err(Failure::Interrupted);
     }
+    // What was computed from files that changed meanwhile is of neither state.
+    for one in &adapters {
+        one.adapter.ensure_unchanged()?;
+    }
     let not_carried = format.not_carried(&combined)?;
     if let (Some(output), false) = (&arguments.output, arguments.dry_run) {
         format.write(&combined, output, &arguments.write)?;

@@ -211,7 +211,7 @@ fn nearest(float: FloatType, value: f64) -> Option<f64> {
 fn common_scale(multipliers: &[f64]) -> f64 {
     let mut candidates: Vec<f64> = Vec::new();
     for multiplier in multipliers.iter().map(|multiplier| multiplier.abs()) {
-        if multiplier.is_normal() && !candidates.iter().any(|&known| known == multiplier) {
+        if multiplier.is_normal() && !candidates.contains(&multiplier) {
             candidates.push(multiplier);
         }
         // AdaLoRA's gains are all different: no candidate is better than another.
