@@ -39,6 +39,7 @@ enum Command {
     Convert(commands::convert::Arguments),
     Resize(commands::resize::Arguments),
     Metadata(commands::metadata::Arguments),
+    Combine(commands::combine::Arguments),
     Stamp(commands::stamp::Arguments),
 }
 
@@ -57,6 +58,7 @@ fn main() -> ExitCode {
         Command::Convert(arguments) => (arguments.json, commands::convert::run(arguments)),
         Command::Resize(arguments) => (arguments.json, commands::resize::run(arguments)),
         Command::Metadata(arguments) => (arguments.json(), commands::metadata::run(arguments)),
+        Command::Combine(arguments) => (arguments.json, commands::combine::run(arguments)),
         Command::Stamp(arguments) => (arguments.json, commands::stamp::run(arguments)),
     };
     match result {

@@ -115,6 +115,11 @@ impl<'a> Factored<'a> {
         (self.left.nrows(), self.right.ncols())
     }
 
+    /// Some whole rows of ΔW.
+    pub(crate) fn rows(&self, rows: std::ops::Range<usize>) -> Array2<f64> {
+        with_ieee_floats(|| self.left.slice(s![rows, ..]).dot(&self.right))
+    }
+
     /// The decomposition.
     ///
     /// # Errors
@@ -299,7 +304,7 @@ impl FactoredSvd<'_> {
 
 /// alpha/rank for a scale; where no f64 is exactly that, as near as there is. A scale that nothing
 /// can be divided by becomes 1.
-fn scaling(scale: f64, rank: usize) -> Scaling {
+pub(crate) fn scaling(scale: f64, rank: usize) -> Scaling {
     let scale = if scale.is_normal() { scale } else { 1.0 };
     let (rule, product) = (ScalingRule::AlphaOverRank, scale * rank as f64);
     let near = [product, product.next_down(), product.next_up()];
@@ -308,7 +313,11 @@ fn scaling(scale: f64, rank: usize) -> Scaling {
 }
 
 /// A tensor as a matrix, exactly.
-fn matrix(tensor: &Tensor, rows: usize, cols: usize) -> Result<Array2<f64>, FactoredError> {
+pub(crate) fn matrix(
+    tensor: &Tensor,
+    rows: usize,
+    cols: usize,
+) -> Result<Array2<f64>, FactoredError> {
     if let Some((count, first)) = non_finite(tensor.dtype, tensor.bytes()) {
         let tensor = tensor.name.clone();
         return Err(FactoredError::NonFinite { tensor, count, first });

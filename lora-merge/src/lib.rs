@@ -15,6 +15,7 @@
 pub mod analysis;
 pub mod assets;
 pub mod budget;
+pub mod combine;
 mod copies;
 pub mod engine;
 mod error;

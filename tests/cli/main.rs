@@ -7,6 +7,7 @@
 )]
 
 mod adapters;
+mod combine;
 mod compare;
 mod extract;
 mod formats;

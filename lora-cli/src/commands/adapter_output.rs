@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use clap::ValueEnum;
-use lora_format::codec::{WriteOptions, Written, gguf, kohya, loralib, mlx, peft, torchtune};
+use lora_format::codec::{self, WriteOptions, Written, gguf, kohya, loralib, mlx, peft, torchtune};
 use lora_format::model::AdapterFormat;
 use lora_format::{Adapter, Error, native};
 
@@ -144,7 +144,9 @@ impl OutputFormat {
         options: &WriteOptions,
     ) -> Result<Written, Failure> {
         let (overwrite, durability) = (write.overwrite(), write.durability());
-        Ok(match self {
+        let (adapter, respelled) = codec::respell(adapter, self.format(), None, options)?;
+        let adapter = &adapter;
+        let mut written = match self {
             OutputFormat::Lora => {
                 native::write(adapter, output, overwrite, durability)?;
                 Written::default()
@@ -169,7 +171,9 @@ impl OutputFormat {
             | OutputFormat::Onetrainer => {
                 kohya::write(adapter, self.format(), output, options, overwrite, durability)?
             }
-        })
+        };
+        written.changes.splice(0..0, respelled.changes);
+        Ok(written)
     }
 }
 

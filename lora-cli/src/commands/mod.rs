@@ -3,6 +3,7 @@
 mod adapter_output;
 mod analysing;
 pub(crate) mod check;
+pub(crate) mod combine;
 pub(crate) mod compare;
 pub(crate) mod convert;
 pub(crate) mod extract;

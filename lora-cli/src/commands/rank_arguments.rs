@@ -67,6 +67,14 @@ impl RankArguments {
         self.relative
     }
 
+    /// Whether any option of these is given.
+    pub(crate) fn is_given(&self) -> bool {
+        let limits = self.min_rank.is_some() || self.max_rank.is_some();
+        let numbers = [self.energy, self.tolerance, self.sv_ratio, self.sv_fro, self.sv_cumulative];
+        let policy = self.rank.is_some() || self.budget.is_some();
+        policy || limits || !self.rank_for.is_empty() || numbers.iter().any(Option::is_some)
+    }
+
     /// The choice, if there is exactly one and it makes sense.
     pub(crate) fn choose(&self) -> Result<RankChoice, Failure> {
         let limits = RankLimits { minimum: self.min_rank.unwrap_or(0), maximum: self.max_rank };

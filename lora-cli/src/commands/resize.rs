@@ -76,7 +76,7 @@ pub(crate) struct Arguments {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum DtypeChoice {
+pub(super) enum DtypeChoice {
     /// As they are
     Keep,
     #[value(alias = "float32")]
@@ -88,7 +88,7 @@ enum DtypeChoice {
 }
 
 impl DtypeChoice {
-    fn dtype(self) -> Option<Dtype> {
+    pub(super) fn dtype(self) -> Option<Dtype> {
         match self {
             DtypeChoice::Keep => None,
             DtypeChoice::F32 => Some(Dtype::F32),
@@ -313,11 +313,11 @@ fn text(arguments: &Arguments, report: &ResizeReport, format: OutputFormat) -> S
 }
 
 /// A share of something that may be zero, of which there is none then.
-fn ratio(part: f64, whole: f64) -> f64 {
+pub(super) fn ratio(part: f64, whole: f64) -> f64 {
     if part == 0.0 { 0.0 } else { part / whole }
 }
 
-fn percent(share: f64) -> String {
+pub(super) fn percent(share: f64) -> String {
     let percent = share * 100.0;
     match percent {
         0.0 => "0 %".to_owned(),

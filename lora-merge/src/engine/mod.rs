@@ -116,7 +116,7 @@ impl RoundingMode {
 }
 
 /// The 64-bit FNV-1a hash of the seed's little-endian bytes followed by the parameter's name.
-fn stochastic_key(seed: u64, parameter: &str) -> u64 {
+pub(crate) fn stochastic_key(seed: u64, parameter: &str) -> u64 {
     let bytes = seed.to_le_bytes().into_iter().chain(parameter.bytes());
     bytes.fold(0xCBF2_9CE4_8422_2325, |hash, byte| {
         (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01B3)

@@ -188,6 +188,7 @@ pub use factors::{Factors, LANES, PANEL, Path, Segment};
 pub use float::FloatType;
 pub use isa::{Isa, UnknownIsa};
 pub use stats::{ConvertStats, TileStats};
+pub(crate) use stochastic::uniform;
 pub use sweep::{
     BlockRow, NonFinite, Rows, SweepScratch, apply, apply_transposed, difference, energy,
     non_finite, residual_energy, sweep,

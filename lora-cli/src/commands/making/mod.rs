@@ -170,6 +170,18 @@ pub(crate) struct AdapterArgument {
     weight: f64,
 }
 
+impl AdapterArgument {
+    /// Where the adapter is.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Its weight.
+    pub(crate) fn weight(&self) -> f64 {
+        self.weight
+    }
+}
+
 impl FromStr for AdapterArgument {
     type Err = String;
 
