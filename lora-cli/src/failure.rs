@@ -5,6 +5,7 @@ use std::io;
 use lora_format::{
     BaseProblem, DetectProblem, Dtype, Error as FormatError, HeaderProblem, IndexProblem,
 };
+use lora_merge::budget::BudgetError;
 use lora_merge::extract::ExtractError;
 use lora_merge::{Error as MergeError, PlanProblem};
 use serde::Serialize;
@@ -179,8 +180,7 @@ fn format_hint(error: &FormatError) -> Option<String> {
 fn merge_hint(error: &MergeError) -> Option<String> {
     let text = match error {
         MergeError::DifferentBase { .. } => {
-            "merge into the base that the adapter was trained on; if you are sure, \
-             --allow-different-base"
+            "give the base that the adapter was trained on; if you are sure, --allow-different-base"
         }
         MergeError::NonFinite { .. } => {
             "training diverged or the file is damaged; to merge it all the same, --allow-nonfinite"
@@ -221,10 +221,13 @@ fn extract_hint(error: &ExtractError) -> Option<&'static str> {
         ExtractError::Quantised { .. } => {
             "give a fine-tuned model in full precision, or leave it out of --full"
         }
+        ExtractError::NoRank { .. } => "ask for a smaller error, or a larger budget",
+        ExtractError::Budget(BudgetError::Small { .. }) => "give a larger --budget",
         ExtractError::Budget(_) => "give a larger --budget, or a smaller --min-rank",
         ExtractError::NoWork { .. } => "choose another -o, or move it away",
         ExtractError::OtherWork { .. } => {
-            "start afresh without --resume, which removes that work, or choose another -o"
+            "give the models and options that it was begun with; or start afresh without --resume, \
+             which removes that work"
         }
         _ => return None,
     })

@@ -217,7 +217,7 @@ impl RankPolicy {
     ///
     /// # Errors
     /// [`RankError::Syntax`] for a rank of 0 or beyond [`limits::RANK`], a share that is not in
-    /// (0, 1], a ratio below 1, a negative tolerance, and what is not finite.
+    /// (0, 1], a ratio below 1, a tolerance that is not in [0, 1), and what is not finite.
     pub fn checked(self) -> Result<RankPolicy, RankError> {
         let (holds, demand) = match self {
             RankPolicy::Rank(rank) => ((1..=limits::RANK).contains(&rank), OUTSIDE),
@@ -227,7 +227,8 @@ impl RankPolicy {
                 (share > 0.0 && share <= 1.0, "the share must be above 0 and at most 1")
             }
             RankPolicy::Tolerance(tolerance) => {
-                (tolerance >= 0.0 && tolerance.is_finite(), "the tolerance must be 0 or more")
+                // An error of 1 is what no change at all leaves.
+                ((0.0..1.0).contains(&tolerance), "the tolerance must be at least 0 and below 1")
             }
             RankPolicy::SvRatio(ratio) => {
                 (ratio >= 1.0 && ratio.is_finite(), "the ratio must be 1 or more")

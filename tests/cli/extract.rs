@@ -382,7 +382,17 @@ fn finished_targets_are_taken_up_again() {
     let (code, stderr) = extract("a.safetensors", &[]);
     assert_eq!(code, Some(2));
     assert!(stderr.contains("hint: choose a dtype with a larger range"), "{stderr}");
-    assert!(stderr.contains("3 finished targets are kept"), "{stderr}");
+    let kept = "note: 3 finished targets are kept in ./.a.safetensors.extract; --resume goes on from \
+                there, a run without it removes them\n";
+    assert!(stderr.contains(kept), "{stderr}");
+    // A run that is refused before any work leaves them.
+    for refused in [&["--full", "nroms"][..], &["--resume", "--full", "norms"]] {
+        let (code, _) = extract("a.safetensors", refused);
+        assert_eq!(code, Some(2), "{refused:?}");
+    }
+    let mistyped = pair.extract(&["--rank", "3", "-o", "a.safetensors", "--resume"]);
+    let was = "another extraction: --rank was 4 and is 3\n";
+    assert!(mistyped.stderr.contains(was), "{}", mistyped.stderr);
     put(&sound);
     let work = pair.path(".a.safetensors.extract");
     let mut parts: Vec<std::path::PathBuf> = (std::fs::read_dir(&work).unwrap())
@@ -425,7 +435,9 @@ fn finished_targets_are_taken_up_again() {
     .unwrap();
     let (code, stderr) = extract("a.safetensors", &["--resume"]);
     assert_eq!(code, Some(2));
-    assert!(stderr.contains("it was `model.layers.0.q_proj.weight = "), "{stderr}");
+    let was =
+        "model.layers.0.q_proj.weight = model.layers.0.q_proj.weight was linear [48, 40] (in, out)";
+    assert!(stderr.contains(was), "{stderr}");
 }
 
 /// A directory that has the name and is not ours is left alone.
@@ -527,6 +539,23 @@ fn what_cannot_be_extracted_is_refused() {
     refused(&["--rank", "4", "--accuracy", "0", "-o", "x.safetensors"], "--accuracy 0");
     refused(&["--rank", "4", "--full", "no_such", "-o", "x.safetensors"], "--full no_such");
     refused(&["--rank", "4", "-o", "to.safetensors", "--force"], "replace or change the input");
+    let below_1 = "the tolerance must be at least 0 and below 1";
+    refused(&["--tolerance", "10", "-o", "x.safetensors"], below_1);
+    let rank_0 = "of 4 changes, what was asked for is met by rank 0";
+    refused(&["--tolerance", "0.99", "--relative", "-o", "x.safetensors"], rank_0);
+    let small = "one rank takes 352 bytes at least and the budget is 50";
+    refused(&["--budget", "50", "-o", "x.safetensors"], small);
+    refused(
+        &["--rank", "4", "-o", "no/such/x.safetensors"],
+        "error: no/such: no such directory\nhint: create it",
+    );
+    let adapter =
+        pair.scratch.cli(&["extract", "from.safetensors", "lora", "--rank", "4", "-o", "x"]);
+    let text = adapter.refused(pair.scratch.root());
+    assert!(
+        text.contains("lora: an adapter, and a model is needed here\nhint: an adapter's ranks are"),
+        "{text}"
+    );
     let same = pair.scratch.cli(&[
         "extract",
         "from.safetensors",
@@ -547,6 +576,36 @@ fn what_cannot_be_extracted_is_refused() {
     tensors[at] = Tensor::new(&name, Dtype::F32, &[ROWS, COLS], &values);
     write_tensors(&pair.path("to.safetensors"), &tensors, &[]);
     refused(&["--rank", "4", "-o", "x.safetensors"], "the first at element 7");
+}
+
+#[test]
+fn quiet_says_nothing() {
+    let pair = Pair::new(Dtype::F32, 2);
+    let ran = pair.extract(&["--rank", "2", "-o", "a.safetensors", "--quiet"]).done();
+    assert_eq!(ran.stderr, "");
+}
+
+/// A merge has to be told what becomes of the other end.
+#[test]
+fn factors_of_a_tied_table_are_noted() {
+    const TABLE: &str = "model.embed_tokens.weight";
+    let scratch = Scratch::new();
+    let mut prng = Prng::new(15);
+    for model in ["from", "to"] {
+        let directory = scratch.path(model);
+        std::fs::create_dir(&directory).unwrap();
+        let table = Tensor::random(&mut prng, TABLE, Dtype::F32, &[32, COLS], 0.5);
+        write_tensors(&directory.join("model.safetensors"), &[table], &[]);
+        let config = r#"{"model_type": "llama", "tie_word_embeddings": true}"#;
+        std::fs::write(directory.join("config.json"), config).unwrap();
+    }
+    let extract = ["extract", "from", "to", "--rank", "4", "--include", "embed_tokens", "-o", "a"];
+    let ran = scratch.cli(&extract).done();
+    let note = format!("note: `{TABLE}` is tied to the output head: ");
+    assert!(ran.stderr.contains(&note) && ran.stderr.contains("--tied both"), "{}", ran.stderr);
+    let merge = ["merge", "from", "a", "-o", "merged"];
+    assert_eq!(scratch.cli(&merge).code, Some(2));
+    scratch.cli(&[&merge[..], &["--tied", "both"]].concat()).done();
 }
 
 #[test]

@@ -96,6 +96,23 @@ fn ranks(report: &Report) -> Vec<usize> {
 
 const LLAMA: &str = "llama-vanilla/adapter";
 
+/// The message is about `resize`, whose only path is an adapter.
+#[test]
+fn a_model_is_no_adapter() {
+    let scratch = Scratch::with_directory();
+    for model in ["base", "base.safetensors"] {
+        let text =
+            scratch.cli(&["resize", model, "--rank", "2", "-o", "x"]).refused(scratch.root());
+        assert!(text.contains("\nhint: resize takes an adapter; "), "{text}");
+    }
+    let ran = scratch.cli(&["resize", "lora", "--rank", "2", "-o", "no/such/x"]);
+    let text = ran.refused(scratch.root());
+    assert!(text.starts_with("error: no/such: no such directory\nhint: create it first"), "{text}");
+    let text =
+        scratch.cli(&["resize", "lora", "--tolerance", "1", "-o", "x"]).refused(scratch.root());
+    assert!(text.contains("at least 0 and below 1"), "{text}");
+}
+
 #[test]
 fn a_peft_directory_of_a_smaller_rank() {
     let scratch = Scratch::new();

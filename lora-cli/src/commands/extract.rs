@@ -23,6 +23,7 @@ use lora_merge::{Bytes, Error, PlanProblem};
 use serde::Serialize;
 
 use super::adapter_output::OutputFormat;
+use super::analysing::model;
 use super::rank_arguments::{RankArguments, RankChoice};
 use super::{WriteArguments, check_table};
 use crate::failure::{Failure, Outcome};
@@ -80,7 +81,7 @@ pub(crate) struct Arguments {
         help_heading = "Options"
     )]
     threads: usize,
-    /// No progress bar
+    /// Say nothing but errors and warnings
     #[arg(short, long, help_heading = "Options")]
     quiet: bool,
     #[command(flatten, next_help_heading = "Options")]
@@ -137,8 +138,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
     arguments.to.check_replaced(output, &arguments.write)?;
     let inputs = [arguments.base.as_path(), arguments.tuned.as_path()];
     check_table(arguments.csv.as_deref(), &arguments.write, Some(output), &inputs)?;
-    let base = Checkpoint::open(&arguments.base)?;
-    let tuned = Checkpoint::open(&arguments.tuned)?;
+    let hint = "an adapter's ranks are reduced by lora-cli resize ADAPTER";
+    let (base, tuned) = (model(&arguments.base, hint)?, model(&arguments.tuned, hint)?);
     printer::notes(base.notes().iter().chain(tuned.notes()));
     let signature = signature(arguments, &base, &tuned);
     let pairing = Pairing::new(base, tuned)?;
@@ -156,7 +157,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
         threads: arguments.threads,
     };
     let mapped = pairing.open()?;
-    let work = WorkDirectory::open(output, &signature, &pairing, arguments.resume)?;
+    let mut work = WorkDirectory::open(output, &signature, &pairing, arguments.resume)?;
     let progress = Arc::new(Progress::default());
     let total = Extraction::total(&pairing);
     let made = progress::watch(total, arguments.quiet, &progress, || -> Result<_, Failure> {
@@ -167,7 +168,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
             add_siblings(&mut outline, &pairing)?;
             peft::check(&outline)?;
         }
-        Ok(extraction.run(&work, &progress)?)
+        Ok(extraction.run(&mut work, &progress)?)
     });
     let made = made.and_then(|(mut adapter, report)| {
         let note = finish(arguments, &mut adapter, &pairing)?;
@@ -220,7 +221,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
     let bytes: u64 = adapter.tensors().map(|tensor| tensor.bytes().len() as u64).sum();
     if arguments.json {
         printer::json(&describe(arguments, &pairing, &report, &notes, bytes))?;
-    } else {
+    } else if !arguments.quiet {
         printer::talk(text(arguments, &report, bytes).trim_end());
     }
     Ok(Outcome::Done)
@@ -265,11 +266,17 @@ fn stopped(failure: Failure, work: WorkDirectory) -> Failure {
             let _nothing_in_it = work.remove();
         }
         count => printer::talk(&format!(
-            "note: {count} finished targets are kept beside the output; --resume goes on from \
-             them, a run without it removes them"
+            "note: {} kept in {}; --resume goes on from there, a run without it removes them",
+            counted(count, "finished target is", "finished targets are"),
+            work.path().display()
         )),
     }
     failure
+}
+
+/// A number and what there is of it.
+fn counted(count: usize, one: &str, more: &str) -> String {
+    format!("{count} {}", if count == 1 { one } else { more })
 }
 
 /// What PEFT needs of the base besides, as components.
@@ -294,30 +301,36 @@ fn add_siblings(adapter: &mut Adapter, pairing: &Pairing) -> Result<Vec<String>,
     Ok(needed)
 }
 
-/// What decides the result: files by path, size and time, configurations and options.
+/// What decides the result, a line each: files by path, size and time, configurations and options.
 fn signature(arguments: &Arguments, base: &Checkpoint, tuned: &Checkpoint) -> String {
-    let mut lines = vec![format!("lora-cli {}", env!("CARGO_PKG_VERSION"))];
-    for shard in base.shards().iter().chain(tuned.shards()) {
-        let path = shard.file.path();
-        let metadata = std::fs::metadata(path);
-        let size = metadata.as_ref().map_or(0, std::fs::Metadata::len);
-        let changed = metadata.and_then(|metadata| metadata.modified()).ok();
-        let since = changed.and_then(|time| time.duration_since(std::time::UNIX_EPOCH).ok());
-        lines.push(format!("{} {size} {since:?}", absolute(path).display()));
-    }
-    for model in [base, tuned] {
+    let mut lines = vec![format!("the version: {}", env!("CARGO_PKG_VERSION"))];
+    for (side, model) in [("base", base), ("fine-tuned model", tuned)] {
+        for shard in model.shards() {
+            let path = shard.file.path();
+            let metadata = std::fs::metadata(path);
+            let size = metadata.as_ref().map_or(0, std::fs::Metadata::len);
+            let changed = metadata.and_then(|metadata| metadata.modified()).ok();
+            let since = changed.and_then(|time| time.duration_since(std::time::UNIX_EPOCH).ok());
+            let seconds = since.map(|since| since.as_secs_f64()).unwrap_or_default();
+            lines.push(format!(
+                "a file of the {side}: {}, {size} bytes, changed at {seconds} s",
+                absolute(path).display()
+            ));
+        }
         let config = model.config().and_then(|config| serde_json::to_string(config).ok());
-        lines.push(format!("config.json {}", config.unwrap_or_default()));
+        lines.push(format!("config.json of the {side}: {}", config.unwrap_or_default()));
     }
-    lines.push(format!(
-        "{:?} full {:?} include {:?} {:?} accuracy {} exact {}",
-        arguments.ranks,
-        arguments.full,
-        arguments.include,
-        arguments.dtype,
-        arguments.accuracy,
-        arguments.exact
-    ));
+    let mut options = arguments.ranks.settings();
+    for (name, list) in [("full", &arguments.full), ("include", &arguments.include)] {
+        options.push((name, list.join(", ")));
+    }
+    options.push(("dtype", arguments.dtype.dtype().to_string()));
+    options.push(("accuracy", arguments.accuracy.to_string()));
+    options.push(("exact", arguments.exact.to_string()));
+    lines.extend(options.into_iter().map(|(name, value)| match value.as_str() {
+        "" => format!("--{name}: not given"),
+        value => format!("--{name}: {value}"),
+    }));
     lines.push(String::new());
     lines.join("\n")
 }

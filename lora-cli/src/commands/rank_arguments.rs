@@ -67,6 +67,26 @@ impl RankArguments {
         self.relative
     }
 
+    /// Every option and its value; none is an empty text.
+    pub(crate) fn settings(&self) -> Vec<(&'static str, String)> {
+        fn text<T: ToString>(value: Option<T>) -> String {
+            value.map(|value| value.to_string()).unwrap_or_default()
+        }
+        vec![
+            ("rank", text(self.rank.as_deref())),
+            ("energy", text(self.energy)),
+            ("tolerance", text(self.tolerance)),
+            ("budget", text(self.budget.map(|budget| format!("{} bytes", budget.0)))),
+            ("sv-ratio", text(self.sv_ratio)),
+            ("sv-fro", text(self.sv_fro)),
+            ("sv-cumulative", text(self.sv_cumulative)),
+            ("relative", self.relative.to_string()),
+            ("min-rank", text(self.min_rank)),
+            ("max-rank", text(self.max_rank)),
+            ("rank-for", self.rank_for.join(" ")),
+        ]
+    }
+
     /// The choice, if there is exactly one and it makes sense.
     pub(crate) fn choose(&self) -> Result<RankChoice, Failure> {
         let limits = RankLimits { minimum: self.min_rank.unwrap_or(0), maximum: self.max_rank };

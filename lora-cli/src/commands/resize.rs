@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::{Args, ValueEnum};
 use lora_format::checkpoint::Checkpoint;
 use lora_format::io::atomic;
-use lora_format::{Adapter, Dtype};
+use lora_format::{Adapter, DetectProblem, Dtype, Error};
 use lora_merge::factored::FactoredError;
 use lora_merge::noise::{Basis, NoiseEstimate};
 use lora_merge::output::refuse_input;
@@ -145,7 +145,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
         ));
     }
     let options = arguments.adapter_options.read_options(arguments.base.as_deref())?;
-    let adapter = lora_format::read(&arguments.adapter, &options)?;
+    let adapter = lora_format::read(&arguments.adapter, &options).map_err(not_read)?;
     refuse_damaged(&adapter)?;
     let format = arguments.to.unwrap_or(OutputFormat::of(adapter.format));
     if let Some(output) = &arguments.output {
@@ -202,6 +202,22 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
         printer::talk(text.trim_end());
     }
     Ok(Outcome::Done)
+}
+
+/// A model in the adapter's place is told as one.
+fn not_read(error: Error) -> Failure {
+    match &error {
+        Error::Unrecognised { path, problem }
+            if matches!(problem, DetectProblem::NotAnAdapter { .. })
+                || matches!(problem, DetectProblem::NoAdapter)
+                    && path.join("config.json").exists() =>
+        {
+            let hint = "resize takes an adapter; of a fine-tuned model, lora-cli extract BASE \
+                        FINETUNED makes one";
+            Failure::new(error.to_string(), Some(hint))
+        }
+        _ => error.into(),
+    }
 }
 
 /// The norms of the base's weights. Which of two tied tensors is meant does not matter: they are

@@ -6,6 +6,7 @@ use clap::Args;
 use lora_merge::analysis::{
     Group, Spectra, SpectrumOptions, TensorSpectrum, of_adapter, of_pair, open_base, work,
 };
+use lora_merge::identity;
 use lora_merge::noise::{Basis, NoiseEstimate};
 use lora_merge::pair::Pairing;
 use serde::Serialize;
@@ -33,6 +34,9 @@ pub(crate) struct Arguments {
     /// The model that an adapter was trained on: its changes relative to that, by its names
     #[arg(long, value_name = "MODEL")]
     base: Option<PathBuf>,
+    /// Compare with the base given though it is not the one the adapter was trained on
+    #[arg(long, requires = "base")]
+    allow_different_base: bool,
     /// All singular values of all matrices; otherwise of those whose short side is 2048 at most
     #[arg(long)]
     exact: bool,
@@ -240,6 +244,9 @@ fn one(arguments: &Arguments, path: &std::path::Path) -> Result<Found, Failure> 
         Some(base) => Some(open_base(base)?),
         None => None,
     };
+    if let (Some(pairing), false) = (&pairing, arguments.allow_different_base) {
+        identity::refuse_other(&adapter, &pairing.base)?;
+    }
     let mapped = pairing.as_ref().map(Pairing::open).transpose()?;
     let spectra =
         watch(&arguments.output, None, |progress| of_adapter(&adapter, mapped.as_ref(), progress))?;

@@ -27,7 +27,7 @@ use serde_json::{Map, Value};
 
 pub use work::WorkDirectory;
 
-use crate::budget::{self, Candidate};
+use crate::budget::{self, BudgetError, Candidate};
 use crate::engine::Progress;
 use crate::error::Result;
 use crate::noise::{self, NoiseEstimate, Storage};
@@ -95,6 +95,15 @@ pub enum ExtractError {
         /// Why.
         reason: String,
     },
+    /// Everything that was to get factors got none.
+    #[error(
+        "nothing to extract: of {changes} changes, what was asked for is met by rank 0, and nothing \
+         is stored whole"
+    )]
+    NoRank {
+        /// How many changes were to get factors.
+        changes: usize,
+    },
     /// A parameter that was to be stored whole is not stored plainly in the fine-tuned model.
     #[error("`{name}` cannot be stored whole: the fine-tuned model has it quantised")]
     Quantised {
@@ -117,7 +126,7 @@ pub enum ExtractError {
     Rank(#[from] RankError),
     /// A budget.
     #[error(transparent)]
-    Budget(#[from] budget::BudgetError),
+    Budget(#[from] BudgetError),
     /// A decomposition.
     #[error(transparent)]
     NotConverged(#[from] crate::svd::dense::NotConverged),
@@ -254,6 +263,9 @@ pub struct Extraction<'a> {
     schedule: Schedule,
 }
 
+/// Why a change is left out to which a policy or a budget gives no rank.
+const RANK_0: &str = "its rank was chosen to be 0";
+
 /// What one target costs to read once, against decomposing it: for progress.
 const DECOMPOSING: u64 = 8;
 
@@ -330,16 +342,18 @@ impl<'a> Extraction<'a> {
     }
 
     /// Decomposes, chooses ranks, rounds, certifies, and puts the adapter together. Finished targets
-    /// are kept in `work`, and those that it holds already are not made again.
+    /// are kept in `work`, which begins here, and those that it holds already are not made again.
     ///
     /// # Errors
     /// [`Extract`](crate::error::Error::Extract), [`Format`](crate::error::Error::Format),
     /// [`Interrupted`](crate::error::Error::Interrupted).
     pub fn run(
         &self,
-        work: &WorkDirectory,
+        work: &mut WorkDirectory,
         progress: &Progress,
     ) -> Result<(Adapter, ExtractReport)> {
+        work.begin()?;
+        let work = &*work;
         let memory_bound = self.memory_bound();
         let mut report = ExtractReport { memory_bound, ..ExtractReport::default() };
         let targets: Vec<(usize, Choosing)> = self.targets().collect();
@@ -369,6 +383,13 @@ impl<'a> Extraction<'a> {
                 report.missed.push(extracted.name.clone());
             }
             if extracted.rank > 0 {
+                if self.is_tied(&extracted.name) {
+                    report.notes.push(format!(
+                        "`{}` is tied to the output head: what is merged into one changes both, which \
+                         a merge asks to be told: --tied both",
+                        extracted.name
+                    ));
+                }
                 report.quantised += usize::from(self.pairing.pairs[index].is_quantised());
                 components.push(self.component(&self.pairing.pairs[index], extracted.rank, a, b));
                 report.targets.push(extracted);
@@ -377,7 +398,7 @@ impl<'a> Extraction<'a> {
                     name: extracted.name,
                     kind: self.pairing.pairs[index].kind,
                     change: self.changes[index],
-                    reason: "its rank was chosen to be 0",
+                    reason: RANK_0,
                 });
             }
         }
@@ -398,13 +419,35 @@ impl<'a> Extraction<'a> {
         report.unchanged += self.pairing.identical.len();
         self.balance(&report)?;
         if components.is_empty() {
-            let reason = match report.left_out.len() {
-                0 => "no parameter that both models have differs".to_owned(),
-                count => format!("{count} parameters changed, and none of them was asked for"),
-            };
-            return Err(ExtractError::Nothing { reason }.into());
+            // There is nothing to go on from: the same would come out of it.
+            work.empty()?;
+            return Err(self.nothing(&report).into());
         }
         Ok((self.adapter(components), report))
+    }
+
+    /// Why there is no component.
+    fn nothing(&self, report: &ExtractReport) -> ExtractError {
+        let element = element_bytes(self.options.dtype);
+        let sizes = self.targets().map(|(index, _)| {
+            let (rows, cols) = self.pairing.pairs[index].matrix();
+            (rows + cols) as u64 * element
+        });
+        let ranks = report.left_out.iter().filter(|one| one.reason == RANK_0).count();
+        match (report.budget, sizes.min(), report.left_out.len()) {
+            (Some((budget, ..)), Some(least), _) if budget < least => {
+                BudgetError::Small { least, budget }.into()
+            }
+            _ if ranks > 0 => ExtractError::NoRank { changes: ranks },
+            (_, _, 0) => {
+                let reason = "no parameter that both models have differs".to_owned();
+                ExtractError::Nothing { reason }
+            }
+            (_, _, count) => {
+                let reason = format!("{count} parameters changed, and none of them was asked for");
+                ExtractError::Nothing { reason }
+            }
+        }
     }
 
     /// The adapter without its values: every factor of rank 1 and zero, everything whole as it is. For
@@ -749,6 +792,12 @@ impl<'a> Extraction<'a> {
             _ => None,
         }));
         names
+    }
+
+    /// Whether a parameter is one of two that the base ties.
+    fn is_tied(&self, name: &str) -> bool {
+        let ends = vocabulary::is_input_embedding(name) || vocabulary::is_output_head(name);
+        ends && !self.other_names(name).is_empty()
     }
 
     /// Parameters that are stored whole, as they lie in the fine-tuned model's files.

@@ -79,7 +79,9 @@ fn ranks_never_increase_and_zeros_keep_one() {
         report.targets.iter().map(|one| (one.reason, one.kept)).collect();
     assert_eq!(reasons, [(Reason::Full, true), (Reason::Least, false), (Reason::Least, true)]);
     // Everything within the tolerance: the best factors of rank 1 rather than none.
-    let (_, report) = resize(&original, by(RankPolicy::Tolerance(1.01), []), None, None).unwrap();
+    let norms = BaseNorms(vec![10.0; 3]);
+    let ranks_of = by(RankPolicy::Tolerance(0.9), []);
+    let (_, report) = resize(&original, ranks_of, None, Some(&norms)).unwrap();
     assert_eq!(ranks(&report), [1, 1, 1]);
     assert_eq!(report.targets[0].reason, Reason::Least);
     assert!((report.targets[0].certificate.residual - 2.0).abs() < 1e-6);
