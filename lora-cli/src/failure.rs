@@ -204,16 +204,23 @@ fn merge_hint(error: &MergeError) -> Option<String> {
     Some(text.to_owned())
 }
 
+/// How patterns are written.
+pub(crate) const PATTERNS: &str = "`q_proj` matches every module whose last part it is; a pattern that \
+                                   should match inside a name begins and ends with .*";
+
 fn extract_hint(error: &ExtractError) -> Option<&'static str> {
     Some(match error {
         ExtractError::NonFinite { .. } => {
             "training diverged or the file is damaged; no factors of such a change exist"
         }
         ExtractError::Overflow { .. } => "choose a dtype with a larger range: --dtype bf16 or f32",
-        ExtractError::Unmatched { .. } => {
-            "`q_proj` matches every module whose last part it is; a pattern that should match inside \
-             a name begins and ends with .*"
+        ExtractError::Unmatched { patterns }
+            if patterns.iter().any(|one| one.starts_with("--full")) =>
+        {
+            "--full takes norms, biases, embeddings and patterns; `q_proj` matches every module whose \
+             last part it is, .*mlp.* what has mlp in its name"
         }
+        ExtractError::Unmatched { .. } => PATTERNS,
         ExtractError::Nothing { .. } => {
             "--full stores norms, biases and embeddings, --include factors tables and heads; are \
              these the base and its fine-tune?"

@@ -304,6 +304,16 @@ fn rules_decide_for_what_they_match() {
             ("model.layers.1.down_proj.weight", 2)
         ]
     );
+    // By the name that is printed; and a rule that another one is before.
+    let named = "model.layers.0.q_proj.weight=3";
+    let rules = ["--rank", "6", "--rank-for", named, "--rank-for", "down_proj=2"];
+    let shadowed = ["--rank-for", "0.down_proj=5", "-o", "a.safetensors"];
+    let report = pair.report(&[&rules[..], &shadowed].concat());
+    let ranks: Vec<&Value> =
+        report["tensors"].as_array().unwrap().iter().map(|one| &one["rank"]).collect();
+    assert_eq!(ranks, [2, 3, 2, 6]);
+    let note = "--rank-for 0.down_proj decides for nothing: rules before it match the same";
+    assert!(report["notes"].as_array().unwrap().contains(&Value::from(note)), "{report}");
     // What a rule skips, or what gets no factors anyway, need not have changed or be a layer.
     for rule in ["embed_tokens=skip", "fixed=skip", "fixed=3", "input_layernorm=skip"] {
         let ran = pair.extract(&["--rank", "6", "--rank-for", rule, "-o", "c.safetensors"]);
@@ -538,6 +548,10 @@ fn what_cannot_be_extracted_is_refused() {
     refused(&["--rank", "4", "--energy", "0.9", "-o", "x.safetensors"], "several options");
     refused(&["--rank", "4", "--accuracy", "0", "-o", "x.safetensors"], "--accuracy 0");
     refused(&["--rank", "4", "--full", "no_such", "-o", "x.safetensors"], "--full no_such");
+    let near = "--full nroms (nearest: `norms`)\nhint: --full takes norms, biases, embeddings and";
+    refused(&["--rank", "4", "--full", "nroms", "-o", "x.safetensors"], near);
+    let near = "--rank-for q_prj (nearest: `q_proj`)\nhint: `q_proj` matches every module";
+    refused(&["--rank", "4", "--rank-for", "q_prj=2", "-o", "x.safetensors"], near);
     refused(&["--rank", "4", "-o", "to.safetensors", "--force"], "replace or change the input");
     let below_1 = "the tolerance must be at least 0 and below 1";
     refused(&["--tolerance", "10", "-o", "x.safetensors"], below_1);
@@ -576,6 +590,53 @@ fn what_cannot_be_extracted_is_refused() {
     tensors[at] = Tensor::new(&name, Dtype::F32, &[ROWS, COLS], &values);
     write_tensors(&pair.path("to.safetensors"), &tensors, &[]);
     refused(&["--rank", "4", "-o", "x.safetensors"], "the first at element 7");
+}
+
+/// Texts count, name what they are about, and say of what a share is.
+#[test]
+fn the_text_names_the_most_changed() {
+    let pair = Pair::new(Dtype::F32, 20);
+    let mut tensors: Vec<Tensor> =
+        read_tensors(&pair.path("to.safetensors")).into_values().collect();
+    for tensor in &mut tensors {
+        if tensor.name == "model.layers.1.q_proj.bias" {
+            let values: Vec<f64> = tensor.values().iter().map(|value| value + 9.0).collect();
+            *tensor = Tensor::new(&tensor.name, Dtype::F32, &[ROWS], &values);
+        }
+    }
+    write_tensors(&pair.path("to.safetensors"), &tensors, &[]);
+    let ran = pair.extract(&["--budget", "8KB", "-o", "a.safetensors", "--csv", "t.csv"]).done();
+    for part in [
+        "not in the adapter: 2 biases that changed by up to ",
+        "% (`model.layers.1.q_proj.bias`): it is no matrix",
+        "not in the adapter: 1 embedding that changed by ",
+        "; 1 parameter did not change",
+    ] {
+        assert!(ran.stderr.contains(part), "{part}: {}", ran.stderr);
+    }
+    let budget = ran.stderr.lines().find(|line| line.starts_with("budget: ")).unwrap();
+    assert!(budget.contains("; no allotment of these bytes keeps "), "{budget}");
+    assert!(budget.ends_with(" energy"), "{budget}");
+    // The table has the members of the report.
+    let report = pair.report(&["--budget", "8KB", "-o", "a.safetensors"]);
+    let table = std::fs::read_to_string(pair.path("t.csv")).unwrap();
+    let mut lines = table.lines().map(|line| line.split(',').collect::<Vec<_>>());
+    let columns = lines.next().unwrap();
+    for (line, one) in lines.zip(report["tensors"].as_array().unwrap()) {
+        assert_eq!((columns.len(), line.len()), (15, 15));
+        for (column, cell) in columns.iter().zip(line) {
+            match (*column, &one[*column]) {
+                ("rows", _) => assert_eq!(cell, one["shape"][0].to_string()),
+                ("cols", _) => assert_eq!(cell, one["shape"][1].to_string()),
+                (_, Value::Number(number)) => {
+                    assert_eq!(cell.parse::<f64>().unwrap(), number.as_f64().unwrap(), "{column}");
+                }
+                (_, value) => {
+                    assert_eq!(cell.trim_matches('"'), value.to_string().trim_matches('"'))
+                }
+            }
+        }
+    }
 }
 
 #[test]
@@ -799,7 +860,7 @@ fn fine_tolerances_are_met_or_told() {
     }
     let (found, stderr) = run(&["--tolerance", "1e-4", "--dtype", "bf16"]);
     assert!(number(&found["relative_error"]) > 1e-4);
-    assert!(stderr.contains("1 targets have a larger error than was asked for"), "{stderr}");
+    assert!(stderr.contains("1 target has a larger error than was asked for"), "{stderr}");
     // Where a greatest rank leaves more anyway, the leading values are enough.
     let (found, stderr) = run(&["--tolerance", "1e-5", "--max-rank", "8"]);
     assert_eq!((&found["rank"], &found["exact"]), (&Value::from(8), &Value::Bool(false)));

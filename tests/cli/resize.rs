@@ -27,7 +27,7 @@ struct Report {
     targets: Vec<Target>,
     total: Total,
     unchanged: Vec<Unchanged>,
-    unmatched: Vec<String>,
+    shadowed: Vec<String>,
     not_carried: Vec<String>,
     notes: Vec<String>,
 }
@@ -232,8 +232,15 @@ fn policies_rules_and_names_of_other_programs() {
     let auto = planned(&["--rank", "auto"]);
     assert!(auto.targets.iter().all(|one| one.noise.is_some()));
     let rules = ["--rank", "4", "--rank-for", "q_proj=skip", "--rank-for", "v_proj=2"];
-    let ruled = planned(&[&rules[..], &["--rank-for", "nowhere=1"]].concat());
-    assert_eq!((ruled.unchanged.len(), ruled.unmatched), (2, vec!["nowhere".to_owned()]));
+    let ruled = planned(&[&rules[..], &["--rank-for", "v_.*=1"]].concat());
+    assert_eq!((ruled.unchanged.len(), ruled.shadowed), (2, vec!["v_.*".to_owned()]));
+    let mistyped = ["resize", &adapter, "--dry-run", "--rank", "4", "--rank-for", "v_prj=2"];
+    let text = scratch.cli(&mistyped).refused(scratch.root());
+    assert!(
+        text.starts_with("error: no module matches --rank-for v_prj (nearest: `v_proj`"),
+        "{text}"
+    );
+    assert!(text.contains("\nhint: `q_proj` matches every module"), "{text}");
     assert!(ruled.unchanged.iter().all(|one| one.skipped && one.target.contains("q_proj")));
     assert!(ruled.unchanged.iter().all(|one| one.method == "LoRA" && one.bytes > 0));
     for one in &ruled.targets {
@@ -288,15 +295,21 @@ fn a_base_makes_errors_relative_to_its_weights() {
     let scratch = Scratch::new();
     let (adapter, base) = (peft(LLAMA), peft("llama-vanilla/base"));
     let arguments =
-        ["resize", &adapter, "--tolerance", "0.001", "--base", &base, "-o", "out", "--json"];
-    let report = report(&scratch.cli(&arguments));
+        ["resize", &adapter, "--tolerance", "0.3", "--base", &base, "-o", "out", "--json"];
+    // Shown relative to them; chosen so only if that is asked for.
+    let shown = report(&scratch.cli(&arguments));
+    for one in &shown.targets {
+        assert!(one.residual <= 0.3 * one.energy.sqrt() * (1.0 + 1e-6));
+    }
+    let report = report(&scratch.cli(&[&arguments[..], &["--relative", "--force"]].concat()));
+    assert_ne!(ranks(&report), ranks(&shown));
     let stored = read_tensors(&Path::new(&base).join("model.safetensors"));
     for one in &report.targets {
         let weight = stored.iter().find(|(name, _)| one.target.ends_with(name.as_str()));
         let weight = weight.unwrap_or_else(|| panic!("{}", one.target)).1;
         let norm = weight.values().iter().map(|value| value * value).sum::<f64>().sqrt();
         assert!((one.base_norm.unwrap() / norm - 1.0).abs() < 1e-12);
-        assert!(one.relative <= 0.001 * (1.0 + 1e-6));
+        assert!(one.relative <= 0.3 * (1.0 + 1e-6));
         assert!((one.relative - one.residual / norm).abs() < 1e-12);
     }
     let sum: f64 = report.targets.iter().map(|one| one.base_norm.unwrap().powi(2)).sum();

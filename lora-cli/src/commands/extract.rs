@@ -12,7 +12,7 @@ use lora_format::model::{Component, Form, Target};
 use lora_format::{Adapter, Dtype, map_all};
 use lora_merge::engine::Progress;
 use lora_merge::extract::{
-    ExtractOptions, ExtractReport, Extracted, Extraction, LeftOut, WorkDirectory,
+    ExtractOptions, ExtractReport, Extracted, Extraction, LeftOut, NoiseSummary, WorkDirectory,
 };
 use lora_merge::identity;
 use lora_merge::output::refuse_input;
@@ -25,7 +25,7 @@ use serde::Serialize;
 use super::adapter_output::OutputFormat;
 use super::analysing::model;
 use super::rank_arguments::{RankArguments, RankChoice};
-use super::{WriteArguments, check_table};
+use super::{WriteArguments, check_table, counted, short_of_best};
 use crate::failure::{Failure, Outcome};
 use crate::{printer, progress};
 
@@ -210,9 +210,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
     }
     if !report.missed.is_empty() {
         notes.push(format!(
-            "{} targets have a larger error than was asked for, since their factors are rounded to \
-             {}: {}",
-            report.missed.len(),
+            "{} a larger error than was asked for, since factors are rounded to {}: {}",
+            counted(report.missed.len(), "target has", "targets have"),
             arguments.dtype.dtype(),
             few(&report.missed)
         ));
@@ -272,11 +271,6 @@ fn stopped(failure: Failure, work: WorkDirectory) -> Failure {
         )),
     }
     failure
-}
-
-/// A number and what there is of it.
-fn counted(count: usize, one: &str, more: &str) -> String {
-    format!("{count} {}", if count == 1 { one } else { more })
 }
 
 /// What PEFT needs of the base besides, as components.
@@ -367,10 +361,21 @@ fn text(arguments: &Arguments, report: &ExtractReport, bytes: u64) -> String {
             let rest = worst.len() - SHOWN;
             lines.push(format!("and {rest} more with smaller errors (--json lists them)"));
         }
+        let change = |one: &&Extracted| relative_to_base(one);
+        let hidden = worst.iter().skip(SHOWN).copied();
+        let most = hidden.max_by(|a, b| change(a).total_cmp(&change(b)));
+        let shown = worst.iter().take(SHOWN).map(|one| change(one)).fold(0.0, f64::max);
+        if let Some(most) = most.filter(|most| change(most) > shown) {
+            lines.push(format!(
+                "of these, `{}` changed most: {} of ‖W₀‖",
+                most.name,
+                percent(relative_to_base(most))
+            ));
+        }
     }
     lines.extend(not_held(report));
     let unclear = report.targets.iter().filter_map(|one| one.noise.as_ref());
-    let unclear = unclear.filter(|noise| !noise.3).count();
+    let unclear = unclear.filter(|noise| !noise.clear).count();
     if unclear > 0 {
         lines.push(format!(
             "auto is a heuristic: {unclear} spectra have no clear end of signal (--json has the \
@@ -379,14 +384,18 @@ fn text(arguments: &Arguments, report: &ExtractReport, bytes: u64) -> String {
     }
     if let Some((budget, spent, short)) = report.budget {
         let (spent, budget) = (Bytes(spent), Bytes(budget));
-        lines.push(format!(
-            "budget: {spent} of {budget} spent; no allotment gains {short:.3e} more of what was \
-             computed"
-        ));
+        let relative = arguments.ranks.relative();
+        let kept = report
+            .targets
+            .iter()
+            .map(|one| (one.energy - one.residual) / if relative { one.base_energy } else { 1.0 });
+        let short = short_of_best(short, kept.sum(), relative);
+        lines.push(format!("budget: {spent} of {budget} spent; {short}"));
         if !report.capped.is_empty() {
             lines.push(format!(
-                "{} targets got all that was computed of them and might have been given more",
-                report.capped.len()
+                "{} every rank that was computed: with more of them computed, more of the budget \
+                 might go there",
+                counted(report.capped.len(), "target was given", "targets were given")
             ));
         }
     }
@@ -408,13 +417,13 @@ fn text(arguments: &Arguments, report: &ExtractReport, bytes: u64) -> String {
         },
     ));
     lines.push(format!(
-        "wrote {} ({}): {} factored, {} whole, {}; {} parameters did not change",
+        "wrote {} ({}): {} factored, {} whole, {}; {} not change",
         arguments.output.display(),
         arguments.to.name(),
         report.targets.len(),
         report.whole.len(),
         Bytes(bytes),
-        report.unchanged
+        counted(report.unchanged, "parameter did", "parameters did")
     ));
     lines.join("\n")
 }
@@ -427,15 +436,16 @@ fn not_held(report: &ExtractReport) -> Vec<String> {
     }
     let mut lines = Vec::new();
     for ((kind, reason), all) in kinds {
-        let relative = all.iter().map(|one| one.change.relative()).fold(0.0, f64::max);
+        let relative = |one: &LeftOut| one.change.relative();
+        let most = all.iter().max_by(|a, b| relative(a).total_cmp(&relative(b)));
+        let Some(most) = most else { continue };
         let bytes: u64 = all.iter().map(|one| one.change.elements * 2).sum();
-        let name = &all[0].name;
-        let more = if all.len() > 1 { ", …" } else { "" };
+        let by = if all.len() > 1 { "up to " } else { "" };
         lines.push(format!(
-            "not in the adapter: {} {} that changed by up to {} (`{name}`{more}): {reason}{}",
-            all.len(),
-            kind.name(),
-            percent(relative),
+            "not in the adapter: {} that changed by {by}{} (`{}`): {reason}{}",
+            of_kind(kind, all.len()),
+            percent(relative(most)),
+            most.name,
             match kind {
                 Kind::Norm => format!("; --full norms stores them, about {}", Bytes(bytes)),
                 Kind::Bias => format!("; --full biases stores them, about {}", Bytes(bytes)),
@@ -469,6 +479,21 @@ fn not_held(report: &ExtractReport) -> Vec<String> {
         );
     }
     lines
+}
+
+/// A number of parameters of a kind.
+fn of_kind(kind: Kind, count: usize) -> String {
+    let (one, more) = match kind {
+        Kind::Linear => ("linear layer", "linear layers"),
+        Kind::Convolution => ("convolution", "convolutions"),
+        Kind::Embedding => ("embedding", "embeddings"),
+        Kind::Head => ("head", "heads"),
+        Kind::Norm => ("norm", "norms"),
+        Kind::Bias => ("bias", "biases"),
+        Kind::Stack => ("stack of experts", "stacks of experts"),
+        Kind::Other => ("other parameter", "other parameters"),
+    };
+    counted(count, one, more)
 }
 
 /// A bound from above on the energy that so many ranks more would add: no value that was not computed is
@@ -531,28 +556,40 @@ impl Total {
             residual,
             optimum,
             relative: ratio(residual, energy),
-            excess: if residual > 0.0 { (ratio(residual, optimum) - 1.0).max(0.0) } else { 0.0 },
+            // One that rounding puts below its bound is no better for it, and makes no other better.
+            excess: match sum(|one| one.residual.max(one.optimum)) {
+                residual if residual > 0.0 => (ratio(residual, optimum) - 1.0).max(0.0),
+                _ => 0.0,
+            },
             exact: report.targets.iter().all(|one| one.exact),
         }
     }
 }
 
+/// The members of the report's `tensors` that are one number or text each, by the same names.
 fn csv(report: &ExtractReport) -> String {
     let mut text =
-        "parameter,rows,cols,rank,bound,energy,base_energy,residual,optimum,exact\n".to_owned();
+        "parameter,rows,cols,rank,rank_decided_by,norm,base_norm,captured_energy,residual,\
+                    relative_error,optimal_residual_at_least,gap_bound,gap_of_norm,exact,products\n"
+            .to_owned();
     for one in &report.targets {
         let name = one.name.replace('"', "\"\"");
         text.push_str(&format!(
-            "\"{name}\",{},{},{},{},{},{},{},{},{}\n",
+            "\"{name}\",{},{},{},{},{},{},{},{},{},{},{},{},{},{}\n",
             one.rows,
             one.cols,
             one.rank,
             one.bound,
-            one.energy,
-            one.base_energy,
+            one.energy.sqrt(),
+            one.base_energy.sqrt(),
+            one.captured(),
             one.residual.sqrt(),
+            one.relative(),
             one.optimum.sqrt(),
-            one.exact
+            one.excess().map(|excess| excess.to_string()).unwrap_or_default(),
+            one.gap(),
+            one.exact,
+            one.products
         ));
     }
     text
@@ -597,15 +634,7 @@ struct JsonTensor<'a> {
     exact: bool,
     products: usize,
     singular_values: &'a [f64],
-    noise: Option<JsonNoise<'a>>,
-}
-
-#[derive(Debug, Serialize)]
-struct JsonNoise<'a> {
-    level: f64,
-    threshold: f64,
-    basis: &'a str,
-    clear: bool,
+    noise: Option<&'a NoiseSummary>,
 }
 
 #[derive(Debug, Serialize)]
@@ -664,11 +693,7 @@ fn describe<'a>(
                 rank_decided_by: &one.bound,
                 norm: one.energy.sqrt(),
                 base_norm: one.base_energy.sqrt(),
-                captured_energy: if one.energy > 0.0 {
-                    1.0 - one.residual / one.energy
-                } else {
-                    1.0
-                },
+                captured_energy: one.captured(),
                 residual: one.residual.sqrt(),
                 relative_error: one.relative(),
                 optimal_residual_at_least: one.optimum.sqrt(),
@@ -677,12 +702,7 @@ fn describe<'a>(
                 exact: one.exact,
                 products: one.products,
                 singular_values: &one.values,
-                noise: one.noise.as_ref().map(|(level, threshold, basis, clear)| JsonNoise {
-                    level: *level,
-                    threshold: *threshold,
-                    basis,
-                    clear: *clear,
-                }),
+                noise: one.noise.as_ref(),
             })
             .collect(),
         total: JsonTotal {

@@ -116,6 +116,8 @@ struct JsonNoise {
     edge: f64,
     threshold: f64,
     rank: Option<usize>,
+    strict: usize,
+    lenient: usize,
     clear: bool,
 }
 
@@ -190,6 +192,8 @@ fn pair(
     }
     let hint = "for an adapter: lora-cli spectrum ADAPTER --base MODEL";
     let pairing = Pairing::new(model(base, hint)?, model(tuned, hint)?)?;
+    let names: Vec<&str> = pairing.pairs.iter().map(|pair| pair.name.as_str()).collect();
+    arguments.output.check_tensor(&names)?;
     let mapped = pairing.open()?;
     let mut options = SpectrumOptions { top: arguments.top as usize, ..SpectrumOptions::default() };
     if arguments.exact {
@@ -324,6 +328,8 @@ fn describe_noise(noise: &NoiseEstimate) -> JsonNoise {
         edge: noise.edge,
         threshold: noise.threshold,
         rank: noise.reached().at(),
+        strict: noise.strict,
+        lenient: noise.lenient,
         clear: noise.is_clear(),
     }
 }

@@ -30,6 +30,7 @@ pub use work::WorkDirectory;
 use crate::budget::{self, BudgetError, Candidate};
 use crate::engine::Progress;
 use crate::error::Result;
+use crate::names::nearest;
 use crate::noise::{self, NoiseEstimate, Storage};
 use crate::numbers::float_type;
 use crate::pair::{Change, Kind, Mapped, Pair, PairNote, Pairing, Side, Tie, measure, profiles};
@@ -199,8 +200,33 @@ pub struct Extracted {
     pub values: Vec<f64>,
     /// Products with ΔW that it took.
     pub products: usize,
-    /// The noise estimate of `--rank auto`: level, threshold, basis, whether there is a gap.
-    pub noise: Option<(f64, f64, String, bool)>,
+    /// The noise estimate of `--rank auto`.
+    pub noise: Option<NoiseSummary>,
+}
+
+/// What [`NoiseEstimate`] says, as it is kept and reported.
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
+pub struct NoiseSummary {
+    /// The standard deviation per element.
+    pub level: f64,
+    /// Values up to this are noise.
+    pub threshold: f64,
+    /// What decided the threshold, in lower case.
+    pub basis: String,
+    /// Whether there is a gap between signal and noise.
+    pub clear: bool,
+    /// The rank if the threshold were half as high again.
+    pub strict: usize,
+    /// The rank if the threshold were where the noise ends.
+    pub lenient: usize,
+}
+
+impl From<NoiseEstimate> for NoiseSummary {
+    fn from(noise: NoiseEstimate) -> NoiseSummary {
+        let (basis, clear) = (format!("{:?}", noise.basis).to_lowercase(), noise.is_clear());
+        let NoiseEstimate { level, threshold, strict, lenient, .. } = noise;
+        NoiseSummary { level, threshold, basis, clear, strict, lenient }
+    }
 }
 
 /// A parameter that changed and is not in the adapter.
@@ -221,6 +247,12 @@ impl Extracted {
     #[must_use]
     pub fn relative(&self) -> f64 {
         if self.energy > 0.0 { (self.residual / self.energy).sqrt() } else { 0.0 }
+    }
+
+    /// The share of the energy that the factors keep.
+    #[must_use]
+    pub fn captured(&self) -> f64 {
+        if self.energy > 0.0 { 1.0 - self.residual / self.energy } else { 1.0 }
     }
 
     /// By what share the error may exceed the best one's; `None` where the best one's may be zero.
@@ -401,6 +433,11 @@ impl<'a> Extraction<'a> {
                     reason: RANK_0,
                 });
             }
+        }
+        if let Ranks::PerTensor(rules) = &self.options.ranks {
+            report.notes.extend(rules.shadowed().map(|pattern| {
+                format!("--rank-for {pattern} decides for nothing: rules before it match the same")
+            }));
         }
         self.store_whole(&mut components, &mut report)?;
         for (index, fate) in self.fates.iter().enumerate() {
@@ -716,10 +753,7 @@ impl<'a> Extraction<'a> {
             exact: found.exact,
             values: found.spectrum.values.clone(),
             products: found.products,
-            noise: noise.map(|noise| {
-                let clear = noise.is_clear();
-                (noise.level, noise.threshold, format!("{:?}", noise.basis).to_lowercase(), clear)
-            }),
+            noise: noise.map(NoiseSummary::from),
         };
         let (a, b) = self.factors(pair, left.view(), right.view());
         Ok((extracted, a, b))
@@ -922,20 +956,39 @@ fn refuse_unmatched(pairing: &Pairing, options: &mut ExtractOptions) -> Result<(
         matches(&mut full, name)?;
         matches(&mut include, name)?;
         if let Ranks::PerTensor(rules) = &mut options.ranks {
-            rules.of(module_of(name)).map_err(ExtractError::from)?;
+            rules.of_parameter(name).map_err(ExtractError::from)?;
         }
     }
     for name in &pairing.only_tuned {
         matches(&mut full, name)?;
     }
-    let dead = |table: &PatternTable, option: &str| -> Vec<String> {
-        table.dead_keys().map(|key| format!("{option} {key}")).collect()
+    let names = pairing.pairs.iter().map(|pair| &pair.name).chain(&pairing.identical);
+    let names: Vec<&str> = names.chain(&pairing.only_tuned).map(String::as_str).collect();
+    let kinds = [FULL_NORMS, FULL_BIASES, FULL_EMBEDDINGS];
+    let unmatched = |option: &str, key: &str| {
+        let kinds = kinds.iter().copied().filter(|_| option == "--full");
+        describe_unmatched(option, key, names.iter().copied().chain(kinds))
     };
-    let mut patterns = [dead(&full, "--full"), dead(&include, "--include")].concat();
+    let mut patterns: Vec<String> = full.dead_keys().map(|key| unmatched("--full", key)).collect();
+    patterns.extend(include.dead_keys().map(|key| unmatched("--include", key)));
     if let Ranks::PerTensor(rules) = &options.ranks {
-        patterns.extend(rules.unmatched().map(|key| format!("--rank-for {key}")));
+        patterns.extend(rules.unmatched().map(|key| unmatched("--rank-for", key)));
     }
     if patterns.is_empty() { Ok(()) } else { Err(ExtractError::Unmatched { patterns }.into()) }
+}
+
+/// A pattern that matches nothing, with what it may have meant.
+pub(crate) fn describe_unmatched<'a>(
+    option: &str,
+    pattern: &str,
+    names: impl IntoIterator<Item = &'a str>,
+) -> String {
+    let near: Vec<String> =
+        nearest(pattern, names).into_iter().map(|part| format!("`{part}`")).collect();
+    match near.is_empty() {
+        true => format!("{option} {pattern}"),
+        false => format!("{option} {pattern} (nearest: {})", near.join(", ")),
+    }
 }
 
 /// The module of a parameter.
@@ -1012,7 +1065,7 @@ fn choosing(ranks: &mut Ranks, name: &str, uniform: usize) -> Result<Fate> {
         Ranks::PerTensor(rules) => rules,
         Ranks::Budget { .. } => return Ok(Fate::Factors(Choosing::Budget { most: uniform })),
     };
-    Ok(match rules.of(module_of(name)).map_err(ExtractError::from)? {
+    Ok(match rules.of_parameter(name).map_err(ExtractError::from)? {
         Ruling::Skip => Fate::LeftOut("a rule skips it"),
         Ruling::Choose(policy, limits) => Fate::Factors(Choosing::Policy(policy, limits)),
     })
