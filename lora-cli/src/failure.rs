@@ -166,6 +166,14 @@ fn format_hint(error: &FormatError) -> Option<String> {
         {
             "the directory does not exist; create it first"
         }
+        FormatError::Io { action, source, .. }
+            if matches!(
+                source.kind(),
+                io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem
+            ) && (action.starts_with("create") || *action == "prepare") =>
+        {
+            "nothing may be written there: choose another -o"
+        }
         FormatError::Header { problem, .. } if problem.to_string().contains("truncated?") => {
             "the download may be incomplete; fetch the file again"
         }

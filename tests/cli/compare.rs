@@ -36,6 +36,13 @@ fn another_base_is_refused() {
     }
 }
 
+/// The default is written as the option takes it.
+#[test]
+fn the_help_says_how_ranks_are_given() {
+    let help = Scratch::new().cli(&["compare", "--help"]);
+    assert!(help.stdout.contains("[default: 4,64]"), "{}", help.stdout);
+}
+
 fn close(found: &Value, wanted: f64) -> bool {
     (found.as_f64().unwrap() - wanted).abs() < 1e-9
 }

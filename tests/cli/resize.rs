@@ -111,6 +111,14 @@ fn a_model_is_no_adapter() {
     let text =
         scratch.cli(&["resize", "lora", "--tolerance", "1", "-o", "x"]).refused(scratch.root());
     assert!(text.contains("at least 0 and below 1"), "{text}");
+    let negative = scratch.cli(&["resize", "lora", "--rank", "2", "--max-rank", "-1", "-o", "x"]);
+    assert!(negative.stderr.contains("invalid value '-1' for '--max-rank"), "{}", negative.stderr);
+    assert!(!negative.stderr.contains("'-- -1'"), "{}", negative.stderr);
+    // A dry run writes the table that it is asked for, and says that it wrote no adapter.
+    let dry = ["resize", "lora", "--rank", "2", "--dry-run", "--csv", "t.csv"];
+    let ran = scratch.cli(&dry);
+    assert!(ran.stdout.contains("no adapter was written (--dry-run)"), "{}", ran.stdout);
+    assert!(scratch.path("t.csv").is_file() && !scratch.path("x").exists());
 }
 
 #[test]

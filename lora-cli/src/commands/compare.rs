@@ -290,11 +290,16 @@ fn refuse_nothing(arguments: &Arguments, comparison: &Comparison) -> Result<(), 
 fn unmet(comparison: &Comparison) -> Option<String> {
     let mut unmet = comparison.targets.iter().filter_map(|one| Some((one, one.unmet.as_ref()?)));
     let (first, reason) = unmet.next()?;
-    Some(format!(
-        "{} targets have no amplification, such as `{}`: {reason}",
-        1 + unmet.count(),
-        first.name
-    ))
+    Some(match unmet.count() {
+        0 => format!("`{}` has no amplification: {reason}", first.name),
+        more => {
+            format!(
+                "{} targets have no amplification, such as `{}`: {reason}",
+                more + 1,
+                first.name
+            )
+        }
+    })
 }
 
 fn rows(matrix: &Array2<f64>) -> Vec<Vec<f64>> {

@@ -64,7 +64,13 @@ pub(crate) struct Arguments {
     #[arg(long, value_enum, default_value_t = FactorType::F32, help_heading = "Options")]
     dtype: FactorType,
     /// How far above the smallest possible error the estimate may be: 0.01 is one per cent
-    #[arg(long, value_name = "SHARE", default_value_t = 0.01, help_heading = "Options")]
+    #[arg(
+        long,
+        value_name = "SHARE",
+        default_value_t = 0.01,
+        allow_negative_numbers = true,
+        help_heading = "Options"
+    )]
     accuracy: f64,
     /// Compute all singular values of every matrix: slow, and leaves no gap to estimate
     #[arg(long, help_heading = "Options")]
@@ -364,7 +370,7 @@ fn text(arguments: &Arguments, report: &ExtractReport, bytes: u64) -> String {
         let change = |one: &&Extracted| relative_to_base(one);
         let hidden = worst.iter().skip(SHOWN).copied();
         let most = hidden.max_by(|a, b| change(a).total_cmp(&change(b)));
-        let shown = worst.iter().take(SHOWN).map(|one| change(one)).fold(0.0, f64::max);
+        let shown = worst.iter().take(SHOWN).map(change).fold(0.0, f64::max);
         if let Some(most) = most.filter(|most| change(most) > shown) {
             lines.push(format!(
                 "of these, `{}` changed most: {} of ‖W₀‖",

@@ -21,7 +21,7 @@ pub(crate) struct RankArguments {
     #[arg(long, value_name = "ERROR", allow_negative_numbers = true)]
     tolerance: Option<f64>,
     /// What all factors together may take, such as 50MB: ranks go where they gain most per byte
-    #[arg(long, value_name = "SIZE")]
+    #[arg(long, value_name = "SIZE", allow_negative_numbers = true)]
     budget: Option<ByteCount>,
     /// kohya's sv_ratio: values above the largest divided by this
     #[arg(long, value_name = "RATIO", alias = "sv_ratio", allow_negative_numbers = true)]
@@ -36,10 +36,10 @@ pub(crate) struct RankArguments {
     #[arg(long)]
     relative: bool,
     /// At least this rank
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     min_rank: Option<usize>,
     /// At most this rank
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     max_rank: Option<usize>,
     /// Another policy for modules that match: 'q_proj=32', '.*\.mlp\..*=energy:0.9,max:64',
     /// 'lm_head=skip'; the first that matches decides

@@ -53,7 +53,7 @@ pub(crate) struct Arguments {
     /// The dtype of the new factors
     #[arg(long, value_enum, default_value_t = DtypeChoice::Keep)]
     dtype: DtypeChoice,
-    /// Print what would be done, and write nothing
+    /// Print what would be done, and write no adapter; a table is written if --csv asks for it
     #[arg(long)]
     dry_run: bool,
     #[command(flatten)]
@@ -327,6 +327,7 @@ fn text(arguments: &Arguments, report: &ResizeReport, format: OutputFormat) -> S
     let (before, after) = report.bytes();
     let done = match (&arguments.output, arguments.dry_run) {
         (Some(output), false) => format!("wrote {} ({})", output.display(), format.name()),
+        _ if arguments.csv.is_some() => "no adapter was written (--dry-run)".to_owned(),
         _ => "nothing was written (--dry-run)".to_owned(),
     };
     lines.push(format!(
