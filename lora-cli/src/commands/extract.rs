@@ -391,10 +391,10 @@ fn text(arguments: &Arguments, report: &ExtractReport, bytes: u64) -> String {
     if let Some((budget, spent, short)) = report.budget {
         let (spent, budget) = (Bytes(spent), Bytes(budget));
         let relative = arguments.ranks.relative();
-        let kept = report
-            .targets
-            .iter()
-            .map(|one| (one.energy - one.residual) / if relative { one.base_energy } else { 1.0 });
+        let kept = report.targets.iter().map(|one| {
+            let by_base = relative && one.base_energy > 0.0;
+            (one.energy - one.residual) / if by_base { one.base_energy } else { 1.0 }
+        });
         let short = short_of_best(short, kept.sum(), relative);
         lines.push(format!("budget: {spent} of {budget} spent; {short}"));
         if !report.capped.is_empty() {

@@ -152,7 +152,11 @@ pub(crate) fn short_of_best(short: f64, kept: f64, relative: bool) -> String {
         return "no allotment of these bytes keeps more energy".to_owned();
     }
     let energy = if relative { "energy relative to the weights" } else { "energy" };
-    format!("no allotment of these bytes keeps {:.1e} % more {energy}", 100.0 * short / kept)
+    let share = match 100.0 * short / kept {
+        share if share < 0.01 => format!("{share:.1e} %"),
+        share => format!("{share:.2} %"),
+    };
+    format!("no allotment of these bytes keeps {share} more {energy}")
 }
 
 /// What every command that writes takes.
