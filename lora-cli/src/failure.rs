@@ -5,6 +5,7 @@ use std::io;
 use lora_format::{
     BaseProblem, DetectProblem, Dtype, Error as FormatError, HeaderProblem, IndexProblem,
 };
+use lora_merge::budget::BudgetError;
 use lora_merge::extract::ExtractError;
 use lora_merge::{Error as MergeError, PlanProblem};
 use serde::Serialize;
@@ -165,6 +166,14 @@ fn format_hint(error: &FormatError) -> Option<String> {
         {
             "the directory does not exist; create it first"
         }
+        FormatError::Io { action, source, .. }
+            if matches!(
+                source.kind(),
+                io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem
+            ) && (action.starts_with("create") || *action == "prepare") =>
+        {
+            "nothing may be written there: choose another -o"
+        }
         FormatError::Header { problem, .. } if problem.to_string().contains("truncated?") => {
             "the download may be incomplete; fetch the file again"
         }
@@ -179,8 +188,7 @@ fn format_hint(error: &FormatError) -> Option<String> {
 fn merge_hint(error: &MergeError) -> Option<String> {
     let text = match error {
         MergeError::DifferentBase { .. } => {
-            "merge into the base that the adapter was trained on; if you are sure, \
-             --allow-different-base"
+            "give the base that the adapter was trained on; if you are sure, --allow-different-base"
         }
         MergeError::NonFinite { .. } => {
             "training diverged or the file is damaged; to merge it all the same, --allow-nonfinite"
@@ -204,16 +212,23 @@ fn merge_hint(error: &MergeError) -> Option<String> {
     Some(text.to_owned())
 }
 
+/// How patterns are written.
+pub(crate) const PATTERNS: &str = "`q_proj` matches every module whose last part it is; a pattern that \
+                                   should match inside a name begins and ends with .*";
+
 fn extract_hint(error: &ExtractError) -> Option<&'static str> {
     Some(match error {
         ExtractError::NonFinite { .. } => {
             "training diverged or the file is damaged; no factors of such a change exist"
         }
         ExtractError::Overflow { .. } => "choose a dtype with a larger range: --dtype bf16 or f32",
-        ExtractError::Unmatched { .. } => {
-            "`q_proj` matches every module whose last part it is; a pattern that should match inside \
-             a name begins and ends with .*"
+        ExtractError::Unmatched { patterns }
+            if patterns.iter().any(|one| one.starts_with("--full")) =>
+        {
+            "--full takes norms, biases, embeddings and patterns; `q_proj` matches every module whose \
+             last part it is, .*mlp.* what has mlp in its name"
         }
+        ExtractError::Unmatched { .. } => PATTERNS,
         ExtractError::Nothing { .. } => {
             "--full stores norms, biases and embeddings, --include factors tables and heads; are \
              these the base and its fine-tune?"
@@ -221,10 +236,13 @@ fn extract_hint(error: &ExtractError) -> Option<&'static str> {
         ExtractError::Quantised { .. } => {
             "give a fine-tuned model in full precision, or leave it out of --full"
         }
+        ExtractError::NoRank { .. } => "ask for a smaller error, or a larger budget",
+        ExtractError::Budget(BudgetError::Small { .. }) => "give a larger --budget",
         ExtractError::Budget(_) => "give a larger --budget, or a smaller --min-rank",
         ExtractError::NoWork { .. } => "choose another -o, or move it away",
         ExtractError::OtherWork { .. } => {
-            "start afresh without --resume, which removes that work, or choose another -o"
+            "give the models and options that it was begun with; or start afresh without --resume, \
+             which removes that work"
         }
         _ => return None,
     })

@@ -66,6 +66,14 @@ pub enum BudgetError {
         /// What there is.
         budget: u64,
     },
+    /// There is less than one rank of any matrix costs.
+    #[error("one rank takes {least} bytes at least and the budget is {budget}")]
+    Small {
+        /// What the cheapest rank costs.
+        least: u64,
+        /// What there is.
+        budget: u64,
+    },
     /// A minimum is above the maximum.
     #[error("`{name}`: the minimum rank {minimum} is above the maximum {maximum}")]
     Limits {

@@ -20,19 +20,30 @@ pub(crate) fn check(
     adapter: &Adapter,
     placed: &[Placed],
 ) -> Result<Verdict> {
+    compare(base, adapter, |target| {
+        let place = placed.iter().find(|place| {
+            // What is spread over a stack has no parameter of its own to sample.
+            place.adapter == index
+                && matches!(place.part, Part::Whole)
+                && adapter.components[place.component].target.name() == target
+        })?;
+        Some(parameters.get(place.parameter?))
+    })
+}
+
+/// Compares an adapter's fingerprint with the parameters of the base that its targets are.
+fn compare<'a>(
+    base: &Checkpoint,
+    adapter: &Adapter,
+    find: impl Fn(&str) -> Option<&'a Parameter>,
+) -> Result<Verdict> {
     let Some(recorded) = &adapter.base.fingerprint else {
         return Ok(Verdict::Unknown);
     };
     let mut sampler = Sampler::new(base);
     let mut failure = None;
     let verdict = fingerprint::compare(recorded, |expected| {
-        let place = placed.iter().find(|place| {
-            // What is spread over a stack has no parameter of its own to sample.
-            place.adapter == index
-                && matches!(place.part, Part::Whole)
-                && adapter.components[place.component].target.name() == expected.target
-        })?;
-        match sampler.sample(&expected.target, parameters.get(place.parameter?)) {
+        match sampler.sample(&expected.target, find(&expected.target)?) {
             Ok(samples) => samples,
             Err(error) => {
                 failure = Some(error);
@@ -41,6 +52,45 @@ pub(crate) fn check(
         }
     });
     failure.map_or(Ok(verdict), Err)
+}
+
+/// Refuses a base whose values are not those that the adapter's fingerprint has of its own, for what
+/// reads both without planning a merge. Targets that the base does not have are not compared.
+///
+/// # Errors
+/// [`Error::DifferentBase`]; [`Error::Plan`] if the base stores a parameter twice; [`Error::Format`] if
+/// it cannot be read.
+pub fn refuse_other(adapter: &Adapter, base: &Checkpoint) -> Result<()> {
+    let parameters = Parameters::of(base).map_err(|problems| Error::Plan {
+        adapters: vec![adapter.path.clone()],
+        base: base.path().to_owned(),
+        problems,
+    })?;
+    let components = &adapter.components;
+    let targets: Vec<Wanted<'_>> =
+        components.iter().map(|component| wanted(component, &parameters)).collect();
+    let found = resolve::resolve(&targets, &parameters).found;
+    let verdict = compare(base, adapter, |target| {
+        let index = components.iter().position(|component| component.target.name() == target)?;
+        Some(parameters.get(found[index]?))
+    })?;
+    refuse_different(&verdict, adapter, base)
+}
+
+/// [`Error::DifferentBase`], if that is the verdict.
+pub(crate) fn refuse_different(
+    verdict: &Verdict,
+    adapter: &Adapter,
+    base: &Checkpoint,
+) -> Result<()> {
+    let Verdict::Different { equal, compared, first } = verdict else { return Ok(()) };
+    Err(Error::DifferentBase {
+        adapter: adapter.path.clone(),
+        base: base.path().to_owned(),
+        equal: *equal,
+        compared: *compared,
+        first: first.clone(),
+    })
 }
 
 /// Whether two parameters have the same shape, dtype and sampled values.

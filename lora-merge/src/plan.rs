@@ -261,16 +261,8 @@ impl MergePlan {
                 continue;
             }
             let verdict = identity::check(&base, &parameters, index, &one.adapter, &placed)?;
-            if let (Verdict::Different { equal, compared, first }, false) =
-                (&verdict, options.allow_different_base)
-            {
-                return Err(Error::DifferentBase {
-                    adapter: one.adapter.path.clone(),
-                    base: base.path().to_owned(),
-                    equal: *equal,
-                    compared: *compared,
-                    first: first.clone(),
-                });
+            if !options.allow_different_base {
+                identity::refuse_different(&verdict, &one.adapter, &base)?;
             }
             identity.push(verdict);
         }

@@ -217,7 +217,7 @@ impl RankPolicy {
     ///
     /// # Errors
     /// [`RankError::Syntax`] for a rank of 0 or beyond [`limits::RANK`], a share that is not in
-    /// (0, 1], a ratio below 1, a negative tolerance, and what is not finite.
+    /// (0, 1], a ratio below 1, a tolerance that is not in [0, 1), and what is not finite.
     pub fn checked(self) -> Result<RankPolicy, RankError> {
         let (holds, demand) = match self {
             RankPolicy::Rank(rank) => ((1..=limits::RANK).contains(&rank), OUTSIDE),
@@ -227,7 +227,8 @@ impl RankPolicy {
                 (share > 0.0 && share <= 1.0, "the share must be above 0 and at most 1")
             }
             RankPolicy::Tolerance(tolerance) => {
-                (tolerance >= 0.0 && tolerance.is_finite(), "the tolerance must be 0 or more")
+                // An error of 1 is what no change at all leaves.
+                ((0.0..1.0).contains(&tolerance), "the tolerance must be at least 0 and below 1")
             }
             RankPolicy::SvRatio(ratio) => {
                 (ratio >= 1.0 && ratio.is_finite(), "the ratio must be 1 or more")
@@ -294,8 +295,16 @@ impl RankError {
 #[derive(Debug)]
 pub struct RankRules {
     default: Ruling,
-    rules: Vec<Ruling>,
+    rules: Vec<Rule>,
     table: PatternTable,
+}
+
+/// What one rule says, and whether it was the one that decided for something.
+#[derive(Debug)]
+struct Rule {
+    pattern: String,
+    ruling: Ruling,
+    decided: bool,
 }
 
 /// What the rules say of a module.
@@ -330,7 +339,8 @@ impl RankRules {
             if patterns.insert(pattern.to_owned(), Value::from(rulings.len())).is_some() {
                 return Err(RankError::Repeated { pattern: pattern.to_owned() });
             }
-            rulings.push(ruling(text, settings, policy, limits)?);
+            let ruling = ruling(text, settings, policy, limits)?;
+            rulings.push(Rule { pattern: pattern.to_owned(), ruling, decided: false });
         }
         let patterns = Value::Object(patterns);
         let table =
@@ -343,10 +353,43 @@ impl RankRules {
     /// # Errors
     /// [`RankError::Pattern`] if a pattern takes too long.
     pub fn of(&mut self, module: &str) -> Result<Ruling, RankError> {
-        let found = self.table.lookup(module)?;
+        let found = self.lookup(module)?;
+        Ok(self.decide(found))
+    }
+
+    /// What holds for a parameter, whose rules may name its module or itself.
+    ///
+    /// # Errors
+    /// [`RankError::Pattern`] if a pattern takes too long.
+    pub fn of_parameter(&mut self, name: &str) -> Result<Ruling, RankError> {
+        let module = name.rsplit_once('.').map(|(module, _)| self.lookup(module)).transpose()?;
+        let itself = self.lookup(name)?;
+        let first = module.flatten().into_iter().chain(itself).min();
+        Ok(self.decide(first))
+    }
+
+    /// The index of the first rule that matches.
+    fn lookup(&mut self, name: &str) -> Result<Option<usize>, RankError> {
         // The values of the table are indices of rules.
-        let rule = found.and_then(|found| self.rules.get(found.value as usize));
-        Ok(rule.copied().unwrap_or(self.default))
+        Ok(self.table.lookup(name)?.map(|found| found.value as usize))
+    }
+
+    fn decide(&mut self, rule: Option<usize>) -> Ruling {
+        match rule.and_then(|rule| self.rules.get_mut(rule)) {
+            Some(rule) => {
+                rule.decided = true;
+                rule.ruling
+            }
+            None => self.default,
+        }
+    }
+
+    /// The patterns of rules that matched something and decided for nothing so far: rules before them
+    /// did.
+    pub fn shadowed(&self) -> impl Iterator<Item = &str> {
+        let unmatched: Vec<&str> = self.unmatched().collect();
+        let idle = self.rules.iter().filter(|rule| !rule.decided);
+        idle.map(|rule| rule.pattern.as_str()).filter(move |pattern| !unmatched.contains(pattern))
     }
 
     /// The patterns that have matched nothing so far.

@@ -7,8 +7,9 @@
 //! does not know: a change of zeros gets factors of zeros of rank 1. New factors have the scale 1
 //! (alpha = rank), except beside a change of the layer's bias, whose scale they share in PEFT.
 //!
-//! Without a base, errors are relative to ‖ΔW‖_F. With one, a tolerance is relative to ‖W₀‖_F of the
-//! weight that is changed, and a budget is spent on the ratios of energies to ‖W₀‖²_F.
+//! A tolerance is relative to ‖ΔW‖_F and a budget is spent on energies; if that is asked for, a tolerance
+//! is relative to ‖W₀‖_F of the weight that is changed, and a budget is spent on the ratios of energies to
+//! ‖W₀‖²_F. With a base, errors are reported relative to ‖W₀‖_F.
 //!
 //! What is stored in full (replaced parameters and rows, added changes, copies of the base) passes
 //! through, and so does what a rule skips. Every other form is refused by name: DoRA, fused experts,
@@ -20,12 +21,13 @@ pub use base::BaseNorms;
 
 use std::collections::BTreeSet;
 
-use lora_format::model::{Adapter, Component, Form, Layer, LowRank};
+use lora_format::model::{Adapter, Form, Layer, LowRank};
 use lora_format::{Dtype, Tensor};
 use rayon::iter::{IntoParallelIterator, IntoParallelRefIterator, ParallelIterator};
 
 use crate::budget::{self, BudgetError, Candidate};
 use crate::error::Error;
+use crate::extract::describe_unmatched;
 use crate::factored::{Certificate, Factored, FactoredError, FactoredSvd};
 use crate::noise::{self, NoiseEstimate};
 use crate::rank::{Bound, Choice, RankError, RankLimits, RankPolicy, RankRules, Ruling, choose};
@@ -58,6 +60,12 @@ pub enum ResizeError {
     /// A rule's pattern takes too long.
     #[error(transparent)]
     Rank(#[from] RankError),
+    /// Patterns of rules that match no component.
+    #[error("no module matches {}", patterns.join(", "))]
+    Unmatched {
+        /// The patterns, with what they may have meant.
+        patterns: Vec<String>,
+    },
     /// A budget cannot be kept.
     #[error(transparent)]
     Budget(#[from] BudgetError),
@@ -95,8 +103,8 @@ pub struct ResizeReport {
     pub unchanged: Vec<Unchanged>,
     /// Of a budget.
     pub spent: Option<Spent>,
-    /// Patterns of rules that no component matched.
-    pub unmatched: Vec<String>,
+    /// Patterns of rules that decided for no component, since rules before them match the same.
+    pub shadowed: Vec<String>,
 }
 
 /// One component.
@@ -203,6 +211,17 @@ impl ResizeReport {
         squares.map(f64::sqrt)
     }
 
+    /// What the ranks that were bought keep: Σ (‖ΔW‖² − residual²), of each divided by ‖W₀‖² if there is
+    /// a base and `relative` holds.
+    #[must_use]
+    pub fn kept(&self, relative: bool) -> f64 {
+        let gains = self.targets.iter().map(|one| {
+            let kept = one.certificate.energy - one.certificate.residual.powi(2);
+            kept / one.base_norm.filter(|_| relative).map_or(1.0, |norm| norm * norm)
+        });
+        gains.sum()
+    }
+
     /// Bytes of all tensors, before and after.
     #[must_use]
     pub fn bytes(&self) -> (u64, u64) {
@@ -223,6 +242,8 @@ struct Job<'a> {
     scale: f64,
     /// ‖W₀‖_F.
     base_norm: Option<f64>,
+    /// ‖W₀‖_F, if its rank is chosen relative to that.
+    reference: Option<f64>,
 }
 
 /// What becomes of a job's component.
@@ -235,7 +256,8 @@ struct Outcome {
 }
 
 /// Resizes an adapter, on the threads of the current pool. The result does not depend on their
-/// number. `dtype` is that of the new factors; without it, each factor keeps its own.
+/// number. `dtype` is that of the new factors; without it, each factor keeps its own. `relative`: whether
+/// tolerances and gains are relative to the weights of the base, if there is one.
 ///
 /// # Errors
 /// [`ResizeError`], with every component that cannot be resized.
@@ -244,6 +266,7 @@ pub fn resize(
     ranks: Ranks,
     dtype: Option<Dtype>,
     base: Option<&BaseNorms>,
+    relative: bool,
 ) -> Result<(Adapter, ResizeReport), ResizeError> {
     let (mut rules, spending) = match ranks {
         Ranks::PerTensor(rules) => (Some(rules), None),
@@ -258,7 +281,7 @@ pub fn resize(
     let mut problems = Vec::new();
     for (index, component) in adapter.components.iter().enumerate() {
         let name = component.target.name();
-        let ruling = rules.as_mut().map(|rules| rules.of(rule_name(component))).transpose()?;
+        let ruling = rules.as_mut().map(|rules| rules.of_parameter(&name)).transpose()?;
         let pass = |skipped| Unchanged {
             name: name.clone(),
             method: component.form.method(),
@@ -277,7 +300,8 @@ pub fn resize(
                 }
                 let shared = biased.contains(component.target.module.as_str());
                 let scale = if shared { form.scale() } else { 1.0 };
-                jobs.push(Job { index, name, form, scale, base_norm });
+                let reference = base_norm.filter(|_| relative);
+                jobs.push(Job { index, name, form, scale, base_norm, reference });
             }
             (Form::Replaced(_) | Form::Rows { .. } | Form::Added { .. } | Form::Base(_), _) => {
                 unchanged.push(pass(false));
@@ -288,6 +312,10 @@ pub fn resize(
     if !problems.is_empty() {
         return Err(ResizeError::Components { problems });
     }
+    let shadowed = match &rules {
+        Some(rules) => check_rules(rules, adapter)?,
+        None => Vec::new(),
+    };
     let mut spent = None;
     let outcomes = match spending {
         None => each(&jobs, &choices, dtype),
@@ -312,14 +340,20 @@ pub fn resize(
     if !problems.is_empty() {
         return Err(ResizeError::Components { problems });
     }
-    let unmatched = rules.iter().flat_map(|rules| rules.unmatched()).map(str::to_owned).collect();
-    Ok((resized, ResizeReport { targets, unchanged, spent, unmatched }))
+    Ok((resized, ResizeReport { targets, unchanged, spent, shadowed }))
 }
 
-/// What a rule's pattern is held against: the module, or another parameter by its name.
-fn rule_name(component: &Component) -> &str {
-    let target = &component.target;
-    if target.module.is_empty() { &target.parameter } else { &target.module }
+/// Refuses rules that match nothing; gives those that decided for nothing.
+fn check_rules(rules: &RankRules, adapter: &Adapter) -> Result<Vec<String>, ResizeError> {
+    let names: Vec<String> = adapter.components.iter().map(|one| one.target.name()).collect();
+    let describe =
+        |pattern| describe_unmatched("--rank-for", pattern, names.iter().map(String::as_str));
+    let patterns: Vec<String> = rules.unmatched().map(describe).collect();
+    if patterns.is_empty() {
+        Ok(rules.shadowed().map(str::to_owned).collect())
+    } else {
+        Err(ResizeError::Unmatched { patterns })
+    }
 }
 
 /// Every component by its own policy.
@@ -331,7 +365,7 @@ fn each(
     let one = |(job, &(policy, limits)): (&Job<'_>, &(RankPolicy, RankLimits))| {
         let svd = Factored::new(job.form)?.svd()?;
         let spectrum = svd.spectrum();
-        let reference = job.base_norm.unwrap_or(spectrum.norm());
+        let reference = job.reference.unwrap_or(spectrum.norm());
         let noise = (policy == RankPolicy::Auto)
             .then(|| noise::estimate(&spectrum, 0.0, noise::Rule::default()));
         let Choice { rank, bound } = choose(policy, &spectrum, noise.as_ref(), reference, limits);
@@ -374,7 +408,7 @@ fn together(
         .iter()
         .zip(&spectra)
         .map(|(job, spectrum)| {
-            let unit = job.base_norm.unwrap_or(1.0);
+            let unit = job.reference.unwrap_or(1.0);
             spectrum.values.iter().map(|value| (value / unit) * (value / unit)).collect()
         })
         .collect();

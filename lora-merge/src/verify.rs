@@ -1,7 +1,7 @@
 //! Is a model what a merge makes? The merge is carried out again, and every byte that it would
 //! write is compared with what is there.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::fs::File;
 use std::ops::Range;
@@ -29,6 +29,49 @@ pub struct VerifyReport {
     pub unexpected: Vec<String>,
     /// Tensors of another shape or dtype than the merge makes.
     pub reshaped: Vec<Reshaped>,
+    /// A prefix by which the model's names differ from the merge's.
+    pub renamed: Option<Renamed>,
+}
+
+/// One prefix for another, as classes of transformers save one architecture with it or without
+/// (`bert.`). A prefix that is empty is none.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Renamed {
+    /// What the merge's names begin with.
+    pub made: String,
+    /// What the model's begin with instead.
+    pub found: String,
+}
+
+impl Renamed {
+    /// The prefix without which, or with which, most names that are missing are those that are
+    /// unexpected: more than half of either list.
+    fn of(missing: &BTreeSet<&str>, unexpected: &BTreeSet<&str>) -> Option<Renamed> {
+        let most = |longer: &BTreeSet<&str>, shorter: &BTreeSet<&str>| {
+            let mut votes: BTreeMap<String, usize> = BTreeMap::new();
+            for name in longer {
+                for (dot, _) in name.match_indices('.') {
+                    if shorter.contains(&name[dot + 1..]) {
+                        *votes.entry(name[..=dot].to_owned()).or_default() += 1;
+                    }
+                }
+            }
+            let (prefix, votes) = votes.into_iter().max_by_key(|&(_, votes)| votes)?;
+            (2 * votes > missing.len().min(unexpected.len())).then_some((prefix, votes))
+        };
+        match (most(missing, unexpected), most(unexpected, missing)) {
+            (Some((made, votes)), other) if other.as_ref().is_none_or(|one| one.1 <= votes) => {
+                Some(Renamed { made, found: String::new() })
+            }
+            (_, Some((found, _))) => Some(Renamed { made: String::new(), found }),
+            _ => None,
+        }
+    }
+
+    /// What the model calls a tensor of the merge.
+    fn name(&self, made: &str) -> Option<String> {
+        Some(format!("{}{}", self.found, made.strip_prefix(self.made.as_str())?))
+    }
 }
 
 /// A tensor that cannot be compared.
@@ -56,6 +99,9 @@ pub struct Difference {
     /// The most values of the dtype from what is expected to what is there, counting one end;
     /// `None` where one of the two is NaN, or the dtype is no float.
     pub steps: Option<u64>,
+    /// ‖difference‖ / ‖what is there‖, both Frobenius norms; `None` where it is no number, or the
+    /// dtype is no float.
+    pub relative: Option<f64>,
     /// The one whose value is furthest off; the first of equals.
     pub worst: Worst,
 }
@@ -69,6 +115,8 @@ pub struct Worst {
     pub expected: Number,
     /// What the model has.
     pub found: Number,
+    /// How many values of the dtype they are apart, as [`Difference::steps`] counts.
+    pub steps: Option<u64>,
 }
 
 impl Worst {
@@ -161,14 +209,27 @@ pub fn verify(
         missing: Vec::new(),
         unexpected: Vec::new(),
         reshaped: Vec::new(),
+        renamed: None,
     };
-    let mut made = BTreeSet::new();
+    let outputs = plan.output.files.iter().flat_map(|file| &file.tensors);
+    let made: BTreeSet<&str> = outputs.map(|tensor| tensor.name.as_str()).collect();
+    let there: BTreeSet<&str> = merged.tensors().map(|(_, info)| info.name.as_str()).collect();
+    let missing: BTreeSet<&str> = made.difference(&there).copied().collect();
+    let mut unexpected: BTreeSet<&str> = there.difference(&made).copied().collect();
+    let renamed = Renamed::of(&missing, &unexpected);
+    let find = |name: &str| {
+        let other = renamed.as_ref().and_then(|renamed| renamed.name(name));
+        let other = other.filter(|other| missing.contains(name) && !made.contains(other.as_str()));
+        merged.find(other.as_deref().unwrap_or(name))
+    };
     let mut counterparts = Vec::with_capacity(plan.output.files.len());
     for file in &plan.output.files {
         let mut own = Vec::with_capacity(file.tensors.len());
         for tensor in &file.tensors {
-            made.insert(tensor.name.as_str());
-            let location = merged.find(&tensor.name);
+            let location = find(&tensor.name);
+            if let Some(location) = location {
+                unexpected.remove(merged.info(location).name.as_str());
+            }
             let counterpart = location.filter(|&location| {
                 let info = merged.info(location);
                 info.dtype == tensor.dtype && info.shape == tensor.shape
@@ -189,8 +250,13 @@ pub fn verify(
         }
         counterparts.push(own);
     }
-    let unexpected = merged.tensors().map(|(_, info)| &info.name);
-    report.unexpected = unexpected.filter(|name| !made.contains(name.as_str())).cloned().collect();
+    report.unexpected = merged
+        .tensors()
+        .map(|(_, info)| &info.name)
+        .filter(|name| unexpected.contains(name.as_str()))
+        .cloned()
+        .collect();
+    report.renamed = renamed;
 
     let shards = merged.shards().iter();
     let mappings = shards.map(|shard| shard.file.map()).collect::<Result<_, _>>()?;
@@ -226,6 +292,8 @@ struct Found {
     /// The most; `u64::MAX` where there is no number.
     steps: u64,
     worst: Option<Element>,
+    /// The sum of the squares of the differences in each run, by the run's first byte.
+    squares: Vec<(u64, f64)>,
 }
 
 /// An element that differs.
@@ -285,11 +353,13 @@ fn compare(dtype: Dtype, first_byte: u64, made: &[u8], there: &[u8], counterpart
     let width = (dtype.bits() / 8).max(1) as usize;
     let first = first_byte / width as u64;
     let mut found = counterpart.found.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut squares = 0.0;
     let pairs = made.chunks(width).zip(there.chunks(width)).enumerate();
     for (index, (made, there)) in pairs.filter(|(_, (made, there))| made != there) {
         found.different += 1;
         let element = Element::of(dtype, first + index as u64, made, there);
         found.steps = found.steps.max(element.steps);
+        squares += element.expected.distance(element.found).powi(2);
         // Runs come in any order: of equals, the first in the tensor.
         let worse = found.worst.as_ref().is_none_or(|worst| {
             let distance = |element: &Element| element.expected.distance(element.found);
@@ -300,6 +370,7 @@ fn compare(dtype: Dtype, first_byte: u64, made: &[u8], there: &[u8], counterpart
             found.worst = Some(element);
         }
     }
+    found.squares.push((first_byte, squares));
 }
 
 impl Element {
@@ -322,19 +393,25 @@ impl Element {
 }
 
 impl CompareSink<'_> {
-    fn differences(self) -> Vec<Difference> {
+    fn differences(mut self) -> Vec<Difference> {
         let mut differences = Vec::new();
-        for (file, counterparts) in self.plan.output.files.iter().zip(self.counterparts) {
+        let counterparts = std::mem::take(&mut self.counterparts);
+        for (file, counterparts) in self.plan.output.files.iter().zip(counterparts) {
             for (tensor, counterpart) in file.tensors.iter().zip(counterparts) {
                 let found = counterpart.found.into_inner().unwrap_or_else(PoisonError::into_inner);
-                let Some(worst) = found.worst else { continue };
+                let (Some(worst), Some(location)) = (found.worst, counterpart.location) else {
+                    continue;
+                };
+                let relative = self.relative(location, found.squares);
                 differences.push(Difference {
                     tensor: tensor.name.clone(),
                     dtype: tensor.dtype,
                     elements: tensor.shape.iter().map(|&n| n as u64).product(),
                     different: found.different,
-                    steps: (found.steps != u64::MAX).then_some(found.steps),
+                    steps: number(found.steps),
+                    relative,
                     worst: Worst {
+                        steps: number(worst.steps),
                         index: place(worst.index, &tensor.shape),
                         expected: worst.expected,
                         found: worst.found,
@@ -345,6 +422,36 @@ impl CompareSink<'_> {
         differences.sort_by(|a, b| a.tensor.cmp(&b.tensor));
         differences
     }
+
+    /// [`Difference::relative`], of the squares of all runs. They came in any order, and are added in
+    /// that of the tensor.
+    fn relative(&self, location: Location, mut squares: Vec<(u64, f64)>) -> Option<f64> {
+        /// Bytes whose pages are given back together.
+        const RUN: usize = 1 << 22;
+        let info = self.merged.info(location);
+        float_type(info.dtype)?;
+        squares.sort_by_key(|run| run.0);
+        let sum: f64 = squares.iter().map(|run| run.1).sum();
+        let shard = &self.merged.shards()[location.shard];
+        let mapping = &self.mappings[location.shard];
+        let start = (shard.file.header().data_start + info.start) as usize;
+        let end = start + info.bytes() as usize;
+        let width = (info.dtype.bits() / 8).max(1) as usize;
+        let mut norm = 0.0;
+        for first in (start..end).step_by(RUN) {
+            let range = first..end.min(first + RUN);
+            for element in mapping[range.clone()].chunks_exact(width) {
+                norm += Number::of(info.dtype, element).distance(Number::Float(0.0)).powi(2);
+            }
+            mapping.release(range);
+        }
+        Some((sum / norm).sqrt()).filter(|relative| relative.is_finite())
+    }
+}
+
+/// A number of values of a dtype, if it is one.
+fn number(steps: u64) -> Option<u64> {
+    (steps != u64::MAX).then_some(steps)
 }
 
 /// A flat index as one per dimension.

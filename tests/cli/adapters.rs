@@ -101,7 +101,7 @@ fn a_stamped_adapter_knows_its_base() {
         text,
         "error: other.safetensors: not the base that stamped.safetensors was trained on: 0 of 16 \
          sampled values agree, the first that differ are in `model.layers.0.q.weight`\n\
-         hint: merge into the base that the adapter was trained on; if you are sure, \
+         hint: give the base that the adapter was trained on; if you are sure, \
          --allow-different-base\n"
     );
     assert_eq!(scratch.names(), before);

@@ -7,6 +7,42 @@ use crate::spectrum::{members, numbers, report};
 use crate::support::{Factors, Prng, Tensor, write_adapter};
 use crate::{Scratch, peft};
 
+/// An adapter that has a fingerprint is not measured against another model.
+#[test]
+fn another_base_is_refused() {
+    let scratch = Scratch::with_directory();
+    let stamp = ["stamp", "lora", "--base", "base", "-o", "own.safetensors"];
+    scratch.cli(&stamp).done();
+    let mut prng = Prng::new(77);
+    let other = [
+        Tensor::random(&mut prng, "model.layers.0.q.weight", Dtype::Bf16, &[16, 24], 1.0),
+        Tensor::random(&mut prng, "model.norm.weight", Dtype::Bf16, &[24], 1.0),
+    ];
+    crate::support::write_tensors(&scratch.path("other.safetensors"), &other, &[]);
+    for command in [
+        &["spectrum", "own.safetensors"][..],
+        &["compare", "lora", "own.safetensors"],
+        &["compare", "own.safetensors", "lora"],
+    ] {
+        let with = |more: &[&str]| scratch.cli(&[command, &["--base"], more].concat());
+        assert_eq!(with(&["base"]).code, Some(0), "{command:?}");
+        let text = with(&["other.safetensors"]).refused(scratch.root());
+        let start = "error: other.safetensors: not the base that own.safetensors was trained on: ";
+        let end = "hint: give the base that the adapter was trained on; if you are sure, \
+                   --allow-different-base\n";
+        assert!(text.starts_with(start) && text.ends_with(end), "{text}");
+        let ran = with(&["other.safetensors", "--allow-different-base"]);
+        assert_eq!(ran.code, Some(0), "{}", ran.stderr);
+    }
+}
+
+/// The default is written as the option takes it.
+#[test]
+fn the_help_says_how_ranks_are_given() {
+    let help = Scratch::new().cli(&["compare", "--help"]);
+    assert!(help.stdout.contains("[default: 4,64]"), "{}", help.stdout);
+}
+
 fn close(found: &Value, wanted: f64) -> bool {
     (found.as_f64().unwrap() - wanted).abs() < 1e-9
 }

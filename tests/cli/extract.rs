@@ -304,6 +304,16 @@ fn rules_decide_for_what_they_match() {
             ("model.layers.1.down_proj.weight", 2)
         ]
     );
+    // By the name that is printed; and a rule that another one is before.
+    let named = "model.layers.0.q_proj.weight=3";
+    let rules = ["--rank", "6", "--rank-for", named, "--rank-for", "down_proj=2"];
+    let shadowed = ["--rank-for", "0.down_proj=5", "-o", "a.safetensors"];
+    let report = pair.report(&[&rules[..], &shadowed].concat());
+    let ranks: Vec<&Value> =
+        report["tensors"].as_array().unwrap().iter().map(|one| &one["rank"]).collect();
+    assert_eq!(ranks, [2, 3, 2, 6]);
+    let note = "--rank-for 0.down_proj decides for nothing: rules before it match the same";
+    assert!(report["notes"].as_array().unwrap().contains(&Value::from(note)), "{report}");
     // What a rule skips, or what gets no factors anyway, need not have changed or be a layer.
     for rule in ["embed_tokens=skip", "fixed=skip", "fixed=3", "input_layernorm=skip"] {
         let ran = pair.extract(&["--rank", "6", "--rank-for", rule, "-o", "c.safetensors"]);
@@ -382,7 +392,17 @@ fn finished_targets_are_taken_up_again() {
     let (code, stderr) = extract("a.safetensors", &[]);
     assert_eq!(code, Some(2));
     assert!(stderr.contains("hint: choose a dtype with a larger range"), "{stderr}");
-    assert!(stderr.contains("3 finished targets are kept"), "{stderr}");
+    let kept = "note: 3 finished targets are kept in ./.a.safetensors.extract; --resume goes on from \
+                there, a run without it removes them\n";
+    assert!(stderr.contains(kept), "{stderr}");
+    // A run that is refused before any work leaves them.
+    for refused in [&["--full", "nroms"][..], &["--resume", "--full", "norms"]] {
+        let (code, _) = extract("a.safetensors", refused);
+        assert_eq!(code, Some(2), "{refused:?}");
+    }
+    let mistyped = pair.extract(&["--rank", "3", "-o", "a.safetensors", "--resume"]);
+    let was = "another extraction: --rank was 4 and is 3\n";
+    assert!(mistyped.stderr.contains(was), "{}", mistyped.stderr);
     put(&sound);
     let work = pair.path(".a.safetensors.extract");
     let mut parts: Vec<std::path::PathBuf> = (std::fs::read_dir(&work).unwrap())
@@ -425,7 +445,9 @@ fn finished_targets_are_taken_up_again() {
     .unwrap();
     let (code, stderr) = extract("a.safetensors", &["--resume"]);
     assert_eq!(code, Some(2));
-    assert!(stderr.contains("it was `model.layers.0.q_proj.weight = "), "{stderr}");
+    let was =
+        "model.layers.0.q_proj.weight = model.layers.0.q_proj.weight was linear [48, 40] (in, out)";
+    assert!(stderr.contains(was), "{stderr}");
 }
 
 /// A directory that has the name and is not ours is left alone.
@@ -526,7 +548,28 @@ fn what_cannot_be_extracted_is_refused() {
     refused(&["--rank", "4", "--energy", "0.9", "-o", "x.safetensors"], "several options");
     refused(&["--rank", "4", "--accuracy", "0", "-o", "x.safetensors"], "--accuracy 0");
     refused(&["--rank", "4", "--full", "no_such", "-o", "x.safetensors"], "--full no_such");
+    let near = "--full nroms (nearest: `norms`)\nhint: --full takes norms, biases, embeddings and";
+    refused(&["--rank", "4", "--full", "nroms", "-o", "x.safetensors"], near);
+    let near = "--rank-for q_prj (nearest: `q_proj`)\nhint: `q_proj` matches every module";
+    refused(&["--rank", "4", "--rank-for", "q_prj=2", "-o", "x.safetensors"], near);
     refused(&["--rank", "4", "-o", "to.safetensors", "--force"], "replace or change the input");
+    let below_1 = "the tolerance must be at least 0 and below 1";
+    refused(&["--tolerance", "10", "-o", "x.safetensors"], below_1);
+    let rank_0 = "of 4 changes, what was asked for is met by rank 0";
+    refused(&["--tolerance", "0.99", "--relative", "-o", "x.safetensors"], rank_0);
+    let small = "one rank takes 352 bytes at least and the budget is 50";
+    refused(&["--budget", "50", "-o", "x.safetensors"], small);
+    refused(
+        &["--rank", "4", "-o", "no/such/x.safetensors"],
+        "error: no/such: no such directory\nhint: create it",
+    );
+    let adapter =
+        pair.scratch.cli(&["extract", "from.safetensors", "lora", "--rank", "4", "-o", "x"]);
+    let text = adapter.refused(pair.scratch.root());
+    assert!(
+        text.contains("lora: an adapter, and a model is needed here\nhint: an adapter's ranks are"),
+        "{text}"
+    );
     let same = pair.scratch.cli(&[
         "extract",
         "from.safetensors",
@@ -547,6 +590,83 @@ fn what_cannot_be_extracted_is_refused() {
     tensors[at] = Tensor::new(&name, Dtype::F32, &[ROWS, COLS], &values);
     write_tensors(&pair.path("to.safetensors"), &tensors, &[]);
     refused(&["--rank", "4", "-o", "x.safetensors"], "the first at element 7");
+}
+
+/// Texts count, name what they are about, and say of what a share is.
+#[test]
+fn the_text_names_the_most_changed() {
+    let pair = Pair::new(Dtype::F32, 20);
+    let mut tensors: Vec<Tensor> =
+        read_tensors(&pair.path("to.safetensors")).into_values().collect();
+    for tensor in &mut tensors {
+        if tensor.name == "model.layers.1.q_proj.bias" {
+            let values: Vec<f64> = tensor.values().iter().map(|value| value + 9.0).collect();
+            *tensor = Tensor::new(&tensor.name, Dtype::F32, &[ROWS], &values);
+        }
+    }
+    write_tensors(&pair.path("to.safetensors"), &tensors, &[]);
+    let ran = pair.extract(&["--budget", "8KB", "-o", "a.safetensors", "--csv", "t.csv"]).done();
+    for part in [
+        "not in the adapter: 2 biases that changed by up to ",
+        "% (`model.layers.1.q_proj.bias`): it is no matrix",
+        "not in the adapter: 1 embedding that changed by ",
+        "; 1 parameter did not change",
+    ] {
+        assert!(ran.stderr.contains(part), "{part}: {}", ran.stderr);
+    }
+    let budget = ran.stderr.lines().find(|line| line.starts_with("budget: ")).unwrap();
+    assert!(budget.contains("; no allotment of these bytes keeps "), "{budget}");
+    assert!(budget.ends_with(" energy"), "{budget}");
+    // The table has the members of the report.
+    let report = pair.report(&["--budget", "8KB", "-o", "a.safetensors"]);
+    let table = std::fs::read_to_string(pair.path("t.csv")).unwrap();
+    let mut lines = table.lines().map(|line| line.split(',').collect::<Vec<_>>());
+    let columns = lines.next().unwrap();
+    for (line, one) in lines.zip(report["tensors"].as_array().unwrap()) {
+        assert_eq!((columns.len(), line.len()), (15, 15));
+        for (column, cell) in columns.iter().zip(line) {
+            match (*column, &one[*column]) {
+                ("rows", _) => assert_eq!(cell, one["shape"][0].to_string()),
+                ("cols", _) => assert_eq!(cell, one["shape"][1].to_string()),
+                (_, Value::Number(number)) => {
+                    assert_eq!(cell.parse::<f64>().unwrap(), number.as_f64().unwrap(), "{column}");
+                }
+                (_, value) => {
+                    assert_eq!(cell.trim_matches('"'), value.to_string().trim_matches('"'))
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn quiet_says_nothing() {
+    let pair = Pair::new(Dtype::F32, 2);
+    let ran = pair.extract(&["--rank", "2", "-o", "a.safetensors", "--quiet"]).done();
+    assert_eq!(ran.stderr, "");
+}
+
+/// A merge has to be told what becomes of the other end.
+#[test]
+fn factors_of_a_tied_table_are_noted() {
+    const TABLE: &str = "model.embed_tokens.weight";
+    let scratch = Scratch::new();
+    let mut prng = Prng::new(15);
+    for model in ["from", "to"] {
+        let directory = scratch.path(model);
+        std::fs::create_dir(&directory).unwrap();
+        let table = Tensor::random(&mut prng, TABLE, Dtype::F32, &[32, COLS], 0.5);
+        write_tensors(&directory.join("model.safetensors"), &[table], &[]);
+        let config = r#"{"model_type": "llama", "tie_word_embeddings": true}"#;
+        std::fs::write(directory.join("config.json"), config).unwrap();
+    }
+    let extract = ["extract", "from", "to", "--rank", "4", "--include", "embed_tokens", "-o", "a"];
+    let ran = scratch.cli(&extract).done();
+    let note = format!("note: `{TABLE}` is tied to the output head: ");
+    assert!(ran.stderr.contains(&note) && ran.stderr.contains("--tied both"), "{}", ran.stderr);
+    let merge = ["merge", "from", "a", "-o", "merged"];
+    assert_eq!(scratch.cli(&merge).code, Some(2));
+    scratch.cli(&[&merge[..], &["--tied", "both"]].concat()).done();
 }
 
 #[test]
@@ -740,7 +860,7 @@ fn fine_tolerances_are_met_or_told() {
     }
     let (found, stderr) = run(&["--tolerance", "1e-4", "--dtype", "bf16"]);
     assert!(number(&found["relative_error"]) > 1e-4);
-    assert!(stderr.contains("1 targets have a larger error than was asked for"), "{stderr}");
+    assert!(stderr.contains("1 target has a larger error than was asked for"), "{stderr}");
     // Where a greatest rank leaves more anyway, the leading values are enough.
     let (found, stderr) = run(&["--tolerance", "1e-5", "--max-rank", "8"]);
     assert_eq!((&found["rank"], &found["exact"]), (&Value::from(8), &Value::Bool(false)));

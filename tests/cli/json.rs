@@ -144,6 +144,8 @@ struct Verify {
     missing: Vec<String>,
     unexpected: Vec<String>,
     reshaped: Vec<Reshaped>,
+    #[serde(deserialize_with = "present")]
+    renamed: Option<serde_json::Value>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -160,6 +162,10 @@ struct Difference {
     worst_expected: Option<f64>,
     #[serde(deserialize_with = "present")]
     worst_found: Option<f64>,
+    #[serde(deserialize_with = "present")]
+    worst_steps: Option<u64>,
+    #[serde(deserialize_with = "present")]
+    relative: Option<f64>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -514,6 +520,7 @@ fn a_verification() {
     assert_eq!((one.elements, one.different, one.worst_index.as_slice()), (384, 1, &[0, 0][..]));
     // JSON has no NaN.
     assert!(one.worst_expected.is_some() && one.worst_found.is_none() && one.steps.is_none());
+    assert!(one.worst_steps.is_none() && one.relative.is_none());
     assert_eq!(differs.unexpected, ["more"]);
     let [one] = differs.reshaped.as_slice() else { panic!("{:?}", differs.reshaped) };
     assert_eq!((one.tensor.as_str(), one.expected_dtype.as_str()), ("model.norm.weight", "BF16"));

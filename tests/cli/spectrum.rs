@@ -85,7 +85,7 @@ fn a_pair_of_known_spectrum() {
         "parameter kind projection depth shape rows columns energy share relative rank complete known \
          r50 r90 r95 r99 stable_rank entropy_rank noise singular_values",
     );
-    members(&tensor["noise"], "basis level storage bulk edge threshold rank clear");
+    members(&tensor["noise"], "basis level storage bulk edge threshold rank strict lenient clear");
     members(other, "parameter kind projection depth shape energy share relative");
 
     let ran = scratch.cli(&["spectrum", "before.safetensors", "after.safetensors"]);
@@ -199,6 +199,25 @@ fn tables_figures_and_pages() {
     let ran = scratch.cli(&["spectrum", &adapter, "--plot", "q.gif"]);
     assert!(ran.stderr.contains("q.gif: neither .svg nor .png"), "{}", ran.stderr);
     assert!(!scratch.path("q.gif").exists());
+}
+
+/// What cannot be written, or is not there to be drawn, is told before the analysis.
+#[test]
+fn outputs_are_checked_first() {
+    let scratch = Scratch::with_directory();
+    scratch.cli(&["merge", "base", "lora", "-o", "tuned", "--dtype", "f32"]).done();
+    for (more, start) in [
+        (&["--csv", "t.svg", "--plot", "./t.svg"][..], "error: --csv and --plot name one file: "),
+        (&["--report", "page.txt"], "error: page.txt: a report is a page, and this is not .html\n"),
+        (&["--report", "no/page.html"], "error: --report no: no such directory\nhint: create it"),
+        (&["--csv", "base/config.json", "--force"], "error: base/config.json: the output would"),
+        (&["--plot", "p.svg", "--tensor", "k"], "error: --tensor k: no such tensor was analysed\n"),
+    ] {
+        let command = ["spectrum", "base", "tuned"];
+        let text = scratch.cli(&[&command[..], more].concat()).refused(scratch.root());
+        assert!(text.starts_with(start), "{text} does not start with {start}");
+        assert!(!text.contains("-o"), "{text}");
+    }
 }
 
 #[test]

@@ -124,7 +124,8 @@ fn integers_are_read_as_integers() {
         tensors.retain(|tensor| tensor.name != "model.positions");
         tensors.push(positions((1 << 60) + 1));
     });
-    let line = "`model.positions`: 1 of 3 elements differ; the worst is [1]: 1152921504606846976 \
+    let line = "`model.positions`: 1 of 3 elements differ; the largest difference is at [1]: \
+                1152921504606846976 \
                 expected, 1152921504606846977 found\n";
     assert!(said(&verify(&scratch, "more", &[]), 1).starts_with(line));
     let ran = verify(&scratch, "more", &["--json"]);
@@ -139,9 +140,12 @@ fn one_element_is_found_and_named() {
     let scratch = Scratch::new();
     tampered(&scratch, "one", |tensors| with_element(tensors, 3 * 24 + 5, |bits| bits + 1));
     let value = |name: &str| read_tensors(&scratch.path(name))[WEIGHT].values()[3 * 24 + 5];
+    let norm =
+        read_tensors(&scratch.path("one"))[WEIGHT].values().iter().map(|x| x * x).sum::<f64>();
+    let relative = (value("m") - value("one")).abs() / norm.sqrt();
     let line = format!(
-        "`{WEIGHT}`: 1 of 384 elements differ (by 1 ulp at most); the worst is [3, 5]: {} expected, \
-         {} found\n",
+        "`{WEIGHT}`: 1 of 384 elements differ by {relative:.1e} of the tensor's norm and 1 ulp at \
+         most; the largest difference is at [3, 5]: {} expected, {} found, 1 ulp\n",
         value("m"),
         value("one"),
     );
@@ -166,20 +170,22 @@ fn one_element_is_found_and_named() {
         with_element(tensors, large, |bits| bits - 1);
     });
     let ran = verify(&scratch, "two", &["--ulp", "2"]);
-    let start = format!(
-        "`{WEIGHT}`: 2 of 384 elements differ (by 3 ulp at most); the worst is [{}, {}]: {} ",
+    let end = format!(
+        " and 3 ulp at most; the largest difference is at [{}, {}]: {} expected, ",
         large / 24,
         large % 24,
         values[large]
     );
-    assert!(said(&ran, 1).starts_with(&start), "{} does not start with {start}", ran.stdout);
+    let line = said(&ran, 1).lines().next().unwrap();
+    assert!(line.contains(&end) && line.ends_with(" found, 1 ulp"), "{line} has no {end}");
     assert_eq!(said(&verify(&scratch, "two", &["--ulp", "3"]), 0).lines().count(), 1);
 
     // NaN is no number of values away from anything.
     tampered(&scratch, "nan", |tensors| with_element(tensors, 0, |_| 0x7FC0));
     let ran = verify(&scratch, "nan", &["--ulp", "100000"]);
     let text = said(&ran, 1);
-    let start = format!("`{WEIGHT}`: 1 of 384 elements differ; the worst is [0, 0]: ");
+    let start =
+        format!("`{WEIGHT}`: 1 of 384 elements differ; the largest difference is at [0, 0]: ");
     assert!(text.starts_with(&start) && text.contains(" expected, NaN found\n"), "{text}");
 }
 
@@ -193,9 +199,9 @@ fn tensors_without_a_change_are_compared_too() {
     });
     let ran = verify(&scratch, "norm", &[]);
     let text = said(&ran, 1);
-    let start =
-        "`model.norm.weight`: 1 of 24 elements differ (by 1 ulp at most); the worst is [23]: ";
-    assert!(text.starts_with(start), "{text}");
+    let start = "`model.norm.weight`: 1 of 24 elements differ by ";
+    let end = "ulp at most; the largest difference is at [23]: ";
+    assert!(text.starts_with(start) && text.contains(end), "{text}");
 }
 
 #[test]
@@ -265,15 +271,68 @@ fn the_report() {
                 "worst_index": [1, 6],
                 "worst_expected": values("m"),
                 "worst_found": values("all"),
+                "worst_steps": 1,
+                "relative": report["different"][0]["relative"],
             }],
             "missing": ["model.norm.weight"],
             "unexpected": ["x"],
             "reshaped": [],
+            "renamed": null,
         })
     );
+    let relative = report["different"][0]["relative"].as_f64().unwrap();
+    let norm =
+        read_tensors(&scratch.path("all"))[WEIGHT].values().iter().map(|x| x * x).sum::<f64>();
+    let expected = (values("m") - values("all")).abs() / norm.sqrt();
+    assert!((relative / expected - 1.0).abs() < 1e-12, "{relative} {expected}");
     let ran = verify(&scratch, "m", &["--json"]);
     let report: Value = serde_json::from_str(said(&ran, 0)).unwrap();
     assert_eq!(report["agrees"], true);
+}
+
+/// Another class of the same architecture saves it under a prefix, or without one.
+#[test]
+fn names_may_differ_by_a_prefix() {
+    let scratch = Scratch::new();
+    let renamed = |to: &str| {
+        tampered(&scratch, to, |tensors| {
+            for tensor in tensors.iter_mut() {
+                let name = tensor.name.strip_prefix("model.").unwrap();
+                let name =
+                    if to == "longer" { format!("wrapped.model.{name}") } else { name.into() };
+                *tensor = tensor.renamed(&name);
+            }
+        });
+    };
+    for (model, line, prefixes) in [
+        (
+            "longer",
+            "names differ: `…` of the merge is `wrapped.…` of the model\n",
+            ["", "wrapped."],
+        ),
+        ("shorter", "names differ: `model.…` of the merge is `…` of the model\n", ["model.", ""]),
+    ] {
+        renamed(model);
+        let agrees = "agrees: 2 of 2 tensors are bit for bit what the merge makes\n";
+        assert_eq!(said(&verify(&scratch, model, &[]), 0), format!("{line}{agrees}"));
+        let report: Value =
+            serde_json::from_str(said(&verify(&scratch, model, &["--json"]), 0)).unwrap();
+        let [merge, found] = prefixes;
+        let expected = serde_json::json!({"merge_prefix": merge, "model_prefix": found});
+        assert_eq!(report["renamed"], expected);
+    }
+    // The rest is compared, and what is still missing is told.
+    tampered(&scratch, "changed", |tensors| {
+        with_element(tensors, 5, |bits| bits + 1);
+        for tensor in tensors.iter_mut() {
+            *tensor = tensor.renamed(&format!("bert.{}", tensor.name));
+        }
+        tensors.push(tensors[1].renamed("classifier.weight"));
+    });
+    let ran = verify(&scratch, "changed", &[]);
+    let text = said(&ran, 1);
+    assert!(text.contains("`classifier.weight`: not made by the merge"), "{text}");
+    assert!(text.contains("1 of 384 elements differ by "), "{text}");
 }
 
 /// What cannot be merged cannot be verified either: an error, not a finding.

@@ -4,8 +4,10 @@ use std::path::Path;
 
 use clap::ValueEnum;
 use lora_format::codec::{self, WriteOptions, Written, gguf, kohya, loralib, mlx, peft, torchtune};
+use lora_format::io::atomic;
 use lora_format::model::AdapterFormat;
 use lora_format::{Adapter, Error, native};
+use lora_merge::Error as MergeError;
 
 use super::WriteArguments;
 use crate::failure::Failure;
@@ -89,14 +91,18 @@ impl OutputFormat {
         Ok(lost)
     }
 
-    /// Refuses what `--force` may not replace: a directory by a file or a file by a directory, and
-    /// a directory that holds more than an adapter.
+    /// Refuses a path in a directory that is not there, and what `--force` may not replace: a
+    /// directory by a file or a file by a directory, and a directory that holds more than an adapter.
     pub(crate) fn check_replaced(
         self,
         output: &Path,
         write: &WriteArguments,
     ) -> Result<(), Failure> {
         let Ok(found) = std::fs::metadata(output) else {
+            let parent = atomic::parent_of(output);
+            if !parent.is_dir() {
+                return Err(MergeError::NoDirectory { path: parent.to_owned() }.into());
+            }
             return Ok(());
         };
         if !write.force {

@@ -8,10 +8,9 @@ use lora_format::checkpoint::Checkpoint;
 use lora_format::io::atomic;
 use lora_format::{Adapter, DetectProblem, Error};
 use lora_merge::analysis::AnalysisError;
-use lora_merge::output::refuse_input;
 use lora_merge::spectrum::Reached;
 
-use super::{AdapterArguments, WriteArguments, refuse_damaged};
+use super::{AdapterArguments, WriteArguments, check_file, is_same, refuse_damaged};
 use crate::failure::Failure;
 use crate::picture::{self, Figure, Page, Theme, number};
 use crate::{printer, progress};
@@ -62,22 +61,37 @@ pub(crate) struct Outputs<'a> {
 impl OutputArguments {
     /// Refuses what could not be written in the end.
     pub(crate) fn check(&self, inputs: &[&Path]) -> Result<(), Failure> {
-        for output in [&self.csv, &self.plot, &self.report].into_iter().flatten() {
-            atomic::refuse_existing(output, self.write.overwrite()).map_err(|error| {
-                Failure::new(error.to_string(), Some("choose another file, or --force"))
-            })?;
-            if output.is_dir() {
-                let message = format!("{}: it is a directory", output.display());
-                return Err(Failure::new(message, Some("name a file")));
+        let outputs = [("--csv", &self.csv), ("--plot", &self.plot), ("--report", &self.report)];
+        let outputs = outputs.map(|(option, path)| Some((option, path.as_deref()?)));
+        let outputs: Vec<(&str, &Path)> = outputs.into_iter().flatten().collect();
+        for (index, &(option, path)) in outputs.iter().enumerate() {
+            check_file(option, path, &self.write, inputs)?;
+            if let Some((other, _)) = outputs[..index].iter().find(|one| is_same(one.1, path)) {
+                let message = format!("{other} and {option} name one file: {}", path.display());
+                return Err(Failure::new(message, Some("give each a path of its own")));
             }
-            for input in inputs {
-                refuse_input(output, input)?;
-            }
+        }
+        if let Some(report) = &self.report
+            && !has_extension(report, &["html", "htm"])
+        {
+            let message =
+                format!("{}: a report is a page, and this is not .html", report.display());
+            return Err(Failure::new(message, Some("name it so: --report FILE.html")));
         }
         if let Some(plot) = &self.plot {
             Picture::of(plot)?;
         }
         Ok(())
+    }
+
+    /// Refuses a `--tensor` that is none of these, before they are analysed.
+    pub(crate) fn check_tensor(&self, names: &[&str]) -> Result<(), Failure> {
+        match &self.tensor {
+            Some(wanted) if !names.iter().any(|name| is_meant(wanted, name)) => {
+                pick(wanted, names).map(|_| ())
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Writes what was asked for.
@@ -139,17 +153,24 @@ impl Picture {
     }
 }
 
+/// Whether a path ends in one of these.
+fn has_extension(path: &Path, all: &[&str]) -> bool {
+    let extension = path.extension().unwrap_or_default().to_string_lossy().to_lowercase();
+    all.contains(&extension.as_str())
+}
+
+/// Whether a text is a tensor's name or an end of it, with `.weight` or without.
+fn is_meant(wanted: &str, name: &str) -> bool {
+    let ends = |name: &str| name == wanted || name.ends_with(&format!(".{wanted}"));
+    ends(name) || name.strip_suffix(".weight").is_some_and(ends)
+}
+
 /// The tensor that a name, or an end of one, means.
 fn pick(wanted: &str, names: &[&str]) -> Result<usize, Failure> {
     if let Some(index) = names.iter().position(|name| *name == wanted) {
         return Ok(index);
     }
-    let ends = |name: &str| {
-        let name = name.strip_suffix(".weight").unwrap_or(name);
-        name == wanted || name.ends_with(&format!(".{wanted}"))
-    };
-    let with_weight = |name: &&str| ends(name) || name.ends_with(&format!(".{wanted}"));
-    let mut found = names.iter().enumerate().filter(|(_, name)| with_weight(name));
+    let mut found = names.iter().enumerate().filter(|(_, name)| is_meant(wanted, name));
     match (found.next(), found.next()) {
         (Some((index, _)), None) => Ok(index),
         (Some((_, first)), Some((_, second))) => {

@@ -208,7 +208,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
             let (combined, report) = combine::combine(&adapters, method, options, &progress)?;
             let Some(ranks) = reduced else { return Ok((combined, report, None)) };
             let dtype = arguments.dtype.dtype().unwrap_or_else(|| common_dtype(&adapters));
-            let (resized, reduction) = resize::resize(&combined, ranks, Some(dtype), None)?;
+            let (resized, reduction) = resize::resize(&combined, ranks, Some(dtype), None, false)?;
             Ok::<_, Failure>((resized, report, Some(reduction)))
         })
     });
@@ -362,9 +362,13 @@ fn talk(
     if !not_carried.is_empty() {
         printer::talk(&format!("note: not carried along: {}", not_carried.join(", ")));
     }
-    let more = reduction.into_iter().flat_map(|reduction| &reduction.unmatched);
-    for pattern in report.unmatched.iter().chain(more) {
+    for pattern in &report.unmatched {
         printer::talk(&format!("note: no module matches {pattern:?}"));
+    }
+    for pattern in reduction.into_iter().flat_map(|reduction| &reduction.shadowed) {
+        printer::talk(&format!(
+            "note: {pattern:?} decides for no module: rules before it match the same"
+        ));
     }
 }
 
@@ -599,7 +603,7 @@ fn describe<'a>(
             (energy, residual, report.targets.iter().map(|one| one.bytes).sum())
         }
     };
-    let more = reduction.into_iter().flat_map(|reduction| &reduction.unmatched);
+    let more = reduction.into_iter().flat_map(|reduction| &reduction.shadowed);
     JsonReport {
         schema: "lora-cli/combine/1",
         status: if arguments.dry_run { "planned" } else { "combined" },

@@ -7,6 +7,7 @@ use lora_format::Adapter;
 use lora_merge::analysis::{
     Comparison, ComparisonOptions, Mean, Side, Subject, TargetComparison, compare, open_base,
 };
+use lora_merge::identity;
 use lora_merge::pair::Pairing;
 use lora_merge::similarity::Amplification;
 use ndarray::Array2;
@@ -38,11 +39,14 @@ pub(crate) struct Arguments {
     /// The model that both were trained on; says also how much each amplifies what it has
     #[arg(long, value_name = "MODEL")]
     base: Option<PathBuf>,
+    /// Compare with the base given though it is not the one that an adapter was trained on
+    #[arg(long, requires = "base")]
+    allow_different_base: bool,
     /// The most directions of each tensor
     #[arg(long, value_name = "K", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=4096))]
     top: u32,
     /// The numbers of directions that amplification is measured for
-    #[arg(long, value_name = "R", value_delimiter = ',', default_values_t = [4, 64], requires = "base", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    #[arg(long, value_name = "R", value_delimiter = ',', default_value = "4,64", requires = "base", value_parser = clap::value_parser!(u32).range(1..=4096))]
     ranks: Vec<u32>,
     #[command(flatten)]
     pub(crate) output: OutputArguments,
@@ -185,6 +189,13 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
     notes.extend(b.notes());
     notes.dedup();
     let base = arguments.base.as_deref().map(open_base).transpose()?;
+    if let (Some(base), false) = (&base, arguments.allow_different_base) {
+        for input in [&a, &b] {
+            if let Input::Adapter(adapter) = input {
+                identity::refuse_other(adapter, &base.base)?;
+            }
+        }
+    }
     let base = base.as_ref().map(Pairing::open).transpose()?;
     let (mapped_a, mapped_b) = (open_tuned(&a)?, open_tuned(&b)?);
     let options = ComparisonOptions {
@@ -279,11 +290,16 @@ fn refuse_nothing(arguments: &Arguments, comparison: &Comparison) -> Result<(), 
 fn unmet(comparison: &Comparison) -> Option<String> {
     let mut unmet = comparison.targets.iter().filter_map(|one| Some((one, one.unmet.as_ref()?)));
     let (first, reason) = unmet.next()?;
-    Some(format!(
-        "{} targets have no amplification, such as `{}`: {reason}",
-        1 + unmet.count(),
-        first.name
-    ))
+    Some(match unmet.count() {
+        0 => format!("`{}` has no amplification: {reason}", first.name),
+        more => {
+            format!(
+                "{} targets have no amplification, such as `{}`: {reason}",
+                more + 1,
+                first.name
+            )
+        }
+    })
 }
 
 fn rows(matrix: &Array2<f64>) -> Vec<Vec<f64>> {

@@ -12,7 +12,7 @@ use lora_format::model::{Component, Form, Target};
 use lora_format::{Adapter, Dtype, map_all};
 use lora_merge::engine::Progress;
 use lora_merge::extract::{
-    ExtractOptions, ExtractReport, Extracted, Extraction, LeftOut, WorkDirectory,
+    ExtractOptions, ExtractReport, Extracted, Extraction, LeftOut, NoiseSummary, WorkDirectory,
 };
 use lora_merge::identity;
 use lora_merge::output::refuse_input;
@@ -23,8 +23,9 @@ use lora_merge::{Bytes, Error, PlanProblem};
 use serde::Serialize;
 
 use super::adapter_output::OutputFormat;
+use super::analysing::model;
 use super::rank_arguments::{RankArguments, RankChoice};
-use super::{WriteArguments, check_table};
+use super::{WriteArguments, check_table, counted, short_of_best};
 use crate::failure::{Failure, Outcome};
 use crate::{printer, progress};
 
@@ -63,7 +64,13 @@ pub(crate) struct Arguments {
     #[arg(long, value_enum, default_value_t = FactorType::F32, help_heading = "Options")]
     dtype: FactorType,
     /// How far above the smallest possible error the estimate may be: 0.01 is one per cent
-    #[arg(long, value_name = "SHARE", default_value_t = 0.01, help_heading = "Options")]
+    #[arg(
+        long,
+        value_name = "SHARE",
+        default_value_t = 0.01,
+        allow_negative_numbers = true,
+        help_heading = "Options"
+    )]
     accuracy: f64,
     /// Compute all singular values of every matrix: slow, and leaves no gap to estimate
     #[arg(long, help_heading = "Options")]
@@ -80,7 +87,7 @@ pub(crate) struct Arguments {
         help_heading = "Options"
     )]
     threads: usize,
-    /// No progress bar
+    /// Say nothing but errors and warnings
     #[arg(short, long, help_heading = "Options")]
     quiet: bool,
     #[command(flatten, next_help_heading = "Options")]
@@ -137,8 +144,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
     arguments.to.check_replaced(output, &arguments.write)?;
     let inputs = [arguments.base.as_path(), arguments.tuned.as_path()];
     check_table(arguments.csv.as_deref(), &arguments.write, Some(output), &inputs)?;
-    let base = Checkpoint::open(&arguments.base)?;
-    let tuned = Checkpoint::open(&arguments.tuned)?;
+    let hint = "an adapter's ranks are reduced by lora-cli resize ADAPTER";
+    let (base, tuned) = (model(&arguments.base, hint)?, model(&arguments.tuned, hint)?);
     printer::notes(base.notes().iter().chain(tuned.notes()));
     let signature = signature(arguments, &base, &tuned);
     let pairing = Pairing::new(base, tuned)?;
@@ -156,7 +163,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
         threads: arguments.threads,
     };
     let mapped = pairing.open()?;
-    let work = WorkDirectory::open(output, &signature, &pairing, arguments.resume)?;
+    let mut work = WorkDirectory::open(output, &signature, &pairing, arguments.resume)?;
     let progress = Arc::new(Progress::default());
     let total = Extraction::total(&pairing);
     let made = progress::watch(total, arguments.quiet, &progress, || -> Result<_, Failure> {
@@ -167,7 +174,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
             add_siblings(&mut outline, &pairing)?;
             peft::check(&outline)?;
         }
-        Ok(extraction.run(&work, &progress)?)
+        Ok(extraction.run(&mut work, &progress)?)
     });
     let made = made.and_then(|(mut adapter, report)| {
         let note = finish(arguments, &mut adapter, &pairing)?;
@@ -209,9 +216,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
     }
     if !report.missed.is_empty() {
         notes.push(format!(
-            "{} targets have a larger error than was asked for, since their factors are rounded to \
-             {}: {}",
-            report.missed.len(),
+            "{} a larger error than was asked for, since factors are rounded to {}: {}",
+            counted(report.missed.len(), "target has", "targets have"),
             arguments.dtype.dtype(),
             few(&report.missed)
         ));
@@ -220,7 +226,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
     let bytes: u64 = adapter.tensors().map(|tensor| tensor.bytes().len() as u64).sum();
     if arguments.json {
         printer::json(&describe(arguments, &pairing, &report, &notes, bytes))?;
-    } else {
+    } else if !arguments.quiet {
         printer::talk(text(arguments, &report, bytes).trim_end());
     }
     Ok(Outcome::Done)
@@ -265,8 +271,9 @@ fn stopped(failure: Failure, work: WorkDirectory) -> Failure {
             let _nothing_in_it = work.remove();
         }
         count => printer::talk(&format!(
-            "note: {count} finished targets are kept beside the output; --resume goes on from \
-             them, a run without it removes them"
+            "note: {} kept in {}; --resume goes on from there, a run without it removes them",
+            counted(count, "finished target is", "finished targets are"),
+            work.path().display()
         )),
     }
     failure
@@ -294,30 +301,36 @@ fn add_siblings(adapter: &mut Adapter, pairing: &Pairing) -> Result<Vec<String>,
     Ok(needed)
 }
 
-/// What decides the result: files by path, size and time, configurations and options.
+/// What decides the result, a line each: files by path, size and time, configurations and options.
 fn signature(arguments: &Arguments, base: &Checkpoint, tuned: &Checkpoint) -> String {
-    let mut lines = vec![format!("lora-cli {}", env!("CARGO_PKG_VERSION"))];
-    for shard in base.shards().iter().chain(tuned.shards()) {
-        let path = shard.file.path();
-        let metadata = std::fs::metadata(path);
-        let size = metadata.as_ref().map_or(0, std::fs::Metadata::len);
-        let changed = metadata.and_then(|metadata| metadata.modified()).ok();
-        let since = changed.and_then(|time| time.duration_since(std::time::UNIX_EPOCH).ok());
-        lines.push(format!("{} {size} {since:?}", absolute(path).display()));
-    }
-    for model in [base, tuned] {
+    let mut lines = vec![format!("the version: {}", env!("CARGO_PKG_VERSION"))];
+    for (side, model) in [("base", base), ("fine-tuned model", tuned)] {
+        for shard in model.shards() {
+            let path = shard.file.path();
+            let metadata = std::fs::metadata(path);
+            let size = metadata.as_ref().map_or(0, std::fs::Metadata::len);
+            let changed = metadata.and_then(|metadata| metadata.modified()).ok();
+            let since = changed.and_then(|time| time.duration_since(std::time::UNIX_EPOCH).ok());
+            let seconds = since.map(|since| since.as_secs_f64()).unwrap_or_default();
+            lines.push(format!(
+                "a file of the {side}: {}, {size} bytes, changed at {seconds} s",
+                absolute(path).display()
+            ));
+        }
         let config = model.config().and_then(|config| serde_json::to_string(config).ok());
-        lines.push(format!("config.json {}", config.unwrap_or_default()));
+        lines.push(format!("config.json of the {side}: {}", config.unwrap_or_default()));
     }
-    lines.push(format!(
-        "{:?} full {:?} include {:?} {:?} accuracy {} exact {}",
-        arguments.ranks,
-        arguments.full,
-        arguments.include,
-        arguments.dtype,
-        arguments.accuracy,
-        arguments.exact
-    ));
+    let mut options = arguments.ranks.settings();
+    for (name, list) in [("full", &arguments.full), ("include", &arguments.include)] {
+        options.push((name, list.join(", ")));
+    }
+    options.push(("dtype", arguments.dtype.dtype().to_string()));
+    options.push(("accuracy", arguments.accuracy.to_string()));
+    options.push(("exact", arguments.exact.to_string()));
+    lines.extend(options.into_iter().map(|(name, value)| match value.as_str() {
+        "" => format!("--{name}: not given"),
+        value => format!("--{name}: {value}"),
+    }));
     lines.push(String::new());
     lines.join("\n")
 }
@@ -354,10 +367,21 @@ fn text(arguments: &Arguments, report: &ExtractReport, bytes: u64) -> String {
             let rest = worst.len() - SHOWN;
             lines.push(format!("and {rest} more with smaller errors (--json lists them)"));
         }
+        let change = |one: &&Extracted| relative_to_base(one);
+        let hidden = worst.iter().skip(SHOWN).copied();
+        let most = hidden.max_by(|a, b| change(a).total_cmp(&change(b)));
+        let shown = worst.iter().take(SHOWN).map(change).fold(0.0, f64::max);
+        if let Some(most) = most.filter(|most| change(most) > shown) {
+            lines.push(format!(
+                "of these, `{}` changed most: {} of ‖W₀‖",
+                most.name,
+                percent(relative_to_base(most))
+            ));
+        }
     }
     lines.extend(not_held(report));
     let unclear = report.targets.iter().filter_map(|one| one.noise.as_ref());
-    let unclear = unclear.filter(|noise| !noise.3).count();
+    let unclear = unclear.filter(|noise| !noise.clear).count();
     if unclear > 0 {
         lines.push(format!(
             "auto is a heuristic: {unclear} spectra have no clear end of signal (--json has the \
@@ -366,14 +390,18 @@ fn text(arguments: &Arguments, report: &ExtractReport, bytes: u64) -> String {
     }
     if let Some((budget, spent, short)) = report.budget {
         let (spent, budget) = (Bytes(spent), Bytes(budget));
-        lines.push(format!(
-            "budget: {spent} of {budget} spent; no allotment gains {short:.3e} more of what was \
-             computed"
-        ));
+        let relative = arguments.ranks.relative();
+        let kept = report.targets.iter().map(|one| {
+            let by_base = relative && one.base_energy > 0.0;
+            (one.energy - one.residual) / if by_base { one.base_energy } else { 1.0 }
+        });
+        let short = short_of_best(short, kept.sum(), relative);
+        lines.push(format!("budget: {spent} of {budget} spent; {short}"));
         if !report.capped.is_empty() {
             lines.push(format!(
-                "{} targets got all that was computed of them and might have been given more",
-                report.capped.len()
+                "{} every rank that was computed: with more of them computed, more of the budget \
+                 might go there",
+                counted(report.capped.len(), "target was given", "targets were given")
             ));
         }
     }
@@ -395,13 +423,13 @@ fn text(arguments: &Arguments, report: &ExtractReport, bytes: u64) -> String {
         },
     ));
     lines.push(format!(
-        "wrote {} ({}): {} factored, {} whole, {}; {} parameters did not change",
+        "wrote {} ({}): {} factored, {} whole, {}; {} not change",
         arguments.output.display(),
         arguments.to.name(),
         report.targets.len(),
         report.whole.len(),
         Bytes(bytes),
-        report.unchanged
+        counted(report.unchanged, "parameter did", "parameters did")
     ));
     lines.join("\n")
 }
@@ -414,15 +442,16 @@ fn not_held(report: &ExtractReport) -> Vec<String> {
     }
     let mut lines = Vec::new();
     for ((kind, reason), all) in kinds {
-        let relative = all.iter().map(|one| one.change.relative()).fold(0.0, f64::max);
+        let relative = |one: &LeftOut| one.change.relative();
+        let most = all.iter().max_by(|a, b| relative(a).total_cmp(&relative(b)));
+        let Some(most) = most else { continue };
         let bytes: u64 = all.iter().map(|one| one.change.elements * 2).sum();
-        let name = &all[0].name;
-        let more = if all.len() > 1 { ", …" } else { "" };
+        let by = if all.len() > 1 { "up to " } else { "" };
         lines.push(format!(
-            "not in the adapter: {} {} that changed by up to {} (`{name}`{more}): {reason}{}",
-            all.len(),
-            kind.name(),
-            percent(relative),
+            "not in the adapter: {} that changed by {by}{} (`{}`): {reason}{}",
+            of_kind(kind, all.len()),
+            percent(relative(most)),
+            most.name,
             match kind {
                 Kind::Norm => format!("; --full norms stores them, about {}", Bytes(bytes)),
                 Kind::Bias => format!("; --full biases stores them, about {}", Bytes(bytes)),
@@ -456,6 +485,21 @@ fn not_held(report: &ExtractReport) -> Vec<String> {
         );
     }
     lines
+}
+
+/// A number of parameters of a kind.
+fn of_kind(kind: Kind, count: usize) -> String {
+    let (one, more) = match kind {
+        Kind::Linear => ("linear layer", "linear layers"),
+        Kind::Convolution => ("convolution", "convolutions"),
+        Kind::Embedding => ("embedding", "embeddings"),
+        Kind::Head => ("head", "heads"),
+        Kind::Norm => ("norm", "norms"),
+        Kind::Bias => ("bias", "biases"),
+        Kind::Stack => ("stack of experts", "stacks of experts"),
+        Kind::Other => ("other parameter", "other parameters"),
+    };
+    counted(count, one, more)
 }
 
 /// A bound from above on the energy that so many ranks more would add: no value that was not computed is
@@ -518,28 +562,40 @@ impl Total {
             residual,
             optimum,
             relative: ratio(residual, energy),
-            excess: if residual > 0.0 { (ratio(residual, optimum) - 1.0).max(0.0) } else { 0.0 },
+            // One that rounding puts below its bound is no better for it, and makes no other better.
+            excess: match sum(|one| one.residual.max(one.optimum)) {
+                residual if residual > 0.0 => (ratio(residual, optimum) - 1.0).max(0.0),
+                _ => 0.0,
+            },
             exact: report.targets.iter().all(|one| one.exact),
         }
     }
 }
 
+/// The members of the report's `tensors` that are one number or text each, by the same names.
 fn csv(report: &ExtractReport) -> String {
     let mut text =
-        "parameter,rows,cols,rank,bound,energy,base_energy,residual,optimum,exact\n".to_owned();
+        "parameter,rows,cols,rank,rank_decided_by,norm,base_norm,captured_energy,residual,\
+                    relative_error,optimal_residual_at_least,gap_bound,gap_of_norm,exact,products\n"
+            .to_owned();
     for one in &report.targets {
         let name = one.name.replace('"', "\"\"");
         text.push_str(&format!(
-            "\"{name}\",{},{},{},{},{},{},{},{},{}\n",
+            "\"{name}\",{},{},{},{},{},{},{},{},{},{},{},{},{},{}\n",
             one.rows,
             one.cols,
             one.rank,
             one.bound,
-            one.energy,
-            one.base_energy,
+            one.energy.sqrt(),
+            one.base_energy.sqrt(),
+            one.captured(),
             one.residual.sqrt(),
+            one.relative(),
             one.optimum.sqrt(),
-            one.exact
+            one.excess().map(|excess| excess.to_string()).unwrap_or_default(),
+            one.gap(),
+            one.exact,
+            one.products
         ));
     }
     text
@@ -584,15 +640,7 @@ struct JsonTensor<'a> {
     exact: bool,
     products: usize,
     singular_values: &'a [f64],
-    noise: Option<JsonNoise<'a>>,
-}
-
-#[derive(Debug, Serialize)]
-struct JsonNoise<'a> {
-    level: f64,
-    threshold: f64,
-    basis: &'a str,
-    clear: bool,
+    noise: Option<&'a NoiseSummary>,
 }
 
 #[derive(Debug, Serialize)]
@@ -651,11 +699,7 @@ fn describe<'a>(
                 rank_decided_by: &one.bound,
                 norm: one.energy.sqrt(),
                 base_norm: one.base_energy.sqrt(),
-                captured_energy: if one.energy > 0.0 {
-                    1.0 - one.residual / one.energy
-                } else {
-                    1.0
-                },
+                captured_energy: one.captured(),
                 residual: one.residual.sqrt(),
                 relative_error: one.relative(),
                 optimal_residual_at_least: one.optimum.sqrt(),
@@ -664,12 +708,7 @@ fn describe<'a>(
                 exact: one.exact,
                 products: one.products,
                 singular_values: &one.values,
-                noise: one.noise.as_ref().map(|(level, threshold, basis, clear)| JsonNoise {
-                    level: *level,
-                    threshold: *threshold,
-                    basis,
-                    clear: *clear,
-                }),
+                noise: one.noise.as_ref(),
             })
             .collect(),
         total: JsonTotal {

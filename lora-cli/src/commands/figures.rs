@@ -532,7 +532,7 @@ fn amplification(comparison: &Comparison) -> Option<Section> {
                 .to_owned(),
         ],
         table: Some(Table {
-            label: "tensors".to_owned(),
+            label: "amplifications".to_owned(),
             columns: vec![
                 Column::name("tensor"),
                 Column::text("of"),

@@ -101,19 +101,64 @@ pub(crate) fn check_table(
     inputs: &[&Path],
 ) -> Result<(), Failure> {
     let Some(path) = table else { return Ok(()) };
-    atomic::refuse_existing(path, write.overwrite())?;
+    check_file("--csv", path, write, inputs)?;
+    if output.is_some_and(|output| is_same(output, path)) {
+        let message = format!("{}: is where the adapter goes", path.display());
+        return Err(Failure::new(message, Some("give --csv another path")));
+    }
+    Ok(())
+}
+
+/// Refuses a file that an option asks for, if it cannot be written in the end or would replace what is
+/// read.
+pub(crate) fn check_file(
+    option: &str,
+    path: &Path,
+    write: &WriteArguments,
+    inputs: &[&Path],
+) -> Result<(), Failure> {
+    let other = format!("give {option} another path");
+    let parent = atomic::parent_of(path);
+    if !parent.is_dir() {
+        let message = format!("{option} {}: no such directory", parent.display());
+        return Err(Failure::new(message, Some("create it first, or name another")));
+    }
+    atomic::refuse_existing(path, write.overwrite()).map_err(|error| {
+        Failure::new(error.to_string(), Some(&format!("{other}, or replace it with --force")))
+    })?;
     if path.is_dir() {
         let message = format!("{}: it is a directory", path.display());
         return Err(Failure::new(message, Some("name a file")));
     }
-    if output == Some(path) {
-        let message = format!("{}: is where the adapter goes", path.display());
-        return Err(Failure::new(message, Some("give --csv another path")));
-    }
     for input in inputs {
-        refuse_input(path, input)?;
+        refuse_input(path, input).map_err(|error| Failure::new(error.to_string(), Some(&other)))?;
     }
     Ok(())
+}
+
+/// Whether two paths are one, as far as they say so.
+pub(crate) fn is_same(one: &Path, other: &Path) -> bool {
+    let directory = |path: &Path| std::fs::canonicalize(atomic::parent_of(path)).ok();
+    one == other || one.file_name() == other.file_name() && directory(one) == directory(other)
+}
+
+/// A number and what there is of it.
+pub(crate) fn counted(count: usize, one: &str, more: &str) -> String {
+    format!("{count} {}", if count == 1 { one } else { more })
+}
+
+/// How far a budget's allotment may be from the best, beside what it keeps of the energy: both sums of
+/// σ², or of σ²/‖W₀‖² if gains are relative.
+pub(crate) fn short_of_best(short: f64, kept: f64, relative: bool) -> String {
+    if short <= 0.0 {
+        return "no allotment of these bytes keeps more energy".to_owned();
+    }
+    let energy = if relative { "energy relative to the weights" } else { "energy" };
+    let share = match 100.0 * short / kept {
+        share if share < 0.01 => format!("{share:.1e} %"),
+        share => format!("{share:.2} %"),
+    };
+    format!("no allotment of these bytes keeps {share} more {energy}")
 }
 
 /// What every command that writes takes.

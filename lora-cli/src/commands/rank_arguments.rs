@@ -21,7 +21,7 @@ pub(crate) struct RankArguments {
     #[arg(long, value_name = "ERROR", allow_negative_numbers = true)]
     tolerance: Option<f64>,
     /// What all factors together may take, such as 50MB: ranks go where they gain most per byte
-    #[arg(long, value_name = "SIZE")]
+    #[arg(long, value_name = "SIZE", allow_negative_numbers = true)]
     budget: Option<ByteCount>,
     /// kohya's sv_ratio: values above the largest divided by this
     #[arg(long, value_name = "RATIO", alias = "sv_ratio", allow_negative_numbers = true)]
@@ -36,10 +36,10 @@ pub(crate) struct RankArguments {
     #[arg(long)]
     relative: bool,
     /// At least this rank
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     min_rank: Option<usize>,
     /// At most this rank
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     max_rank: Option<usize>,
     /// Another policy for modules that match: 'q_proj=32', '.*\.mlp\..*=energy:0.9,max:64',
     /// 'lm_head=skip'; the first that matches decides
@@ -73,6 +73,26 @@ impl RankArguments {
         let numbers = [self.energy, self.tolerance, self.sv_ratio, self.sv_fro, self.sv_cumulative];
         let policy = self.rank.is_some() || self.budget.is_some();
         policy || limits || !self.rank_for.is_empty() || numbers.iter().any(Option::is_some)
+    }
+
+    /// Every option and its value; none is an empty text.
+    pub(crate) fn settings(&self) -> Vec<(&'static str, String)> {
+        fn text<T: ToString>(value: Option<T>) -> String {
+            value.map(|value| value.to_string()).unwrap_or_default()
+        }
+        vec![
+            ("rank", text(self.rank.as_deref())),
+            ("energy", text(self.energy)),
+            ("tolerance", text(self.tolerance)),
+            ("budget", text(self.budget.map(|budget| format!("{} bytes", budget.0)))),
+            ("sv-ratio", text(self.sv_ratio)),
+            ("sv-fro", text(self.sv_fro)),
+            ("sv-cumulative", text(self.sv_cumulative)),
+            ("relative", self.relative.to_string()),
+            ("min-rank", text(self.min_rank)),
+            ("max-rank", text(self.max_rank)),
+            ("rank-for", self.rank_for.join(" ")),
+        ]
     }
 
     /// The choice, if there is exactly one and it makes sense.

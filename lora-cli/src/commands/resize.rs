@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::{Args, ValueEnum};
 use lora_format::checkpoint::Checkpoint;
 use lora_format::io::atomic;
-use lora_format::{Adapter, Dtype};
+use lora_format::{Adapter, DetectProblem, Dtype, Error};
 use lora_merge::factored::FactoredError;
 use lora_merge::noise::{Basis, NoiseEstimate};
 use lora_merge::output::refuse_input;
@@ -18,8 +18,10 @@ use serde::Serialize;
 
 use super::adapter_output::OutputFormat;
 use super::rank_arguments::{RankArguments, RankChoice};
-use super::{AdapterArguments, WriteArguments, check_table, refuse_damaged};
-use crate::failure::{Failure, Outcome};
+use super::{
+    AdapterArguments, WriteArguments, check_table, counted, refuse_damaged, short_of_best,
+};
+use crate::failure::{Failure, Outcome, PATTERNS};
 use crate::{printer, progress};
 
 /// Reduce an adapter's ranks to the best approximation, and say how good it is
@@ -30,7 +32,7 @@ use crate::{printer, progress};
 #[command(after_help = "Examples:
   lora-cli resize ./my-lora --rank 16 -o ./my-lora-16
   lora-cli resize ./my-lora --energy 0.95 --max-rank 32 --to lora -o small.safetensors
-  lora-cli resize ./my-lora --budget 20MB --base Llama-3-8B -o ./my-lora-20mb
+  lora-cli resize ./my-lora --budget 20MB --relative --base Llama-3-8B -o ./my-lora-20mb
   lora-cli resize ./my-lora --tolerance 0.1 --rank-for 'q_proj=8' --dry-run --json")]
 pub(crate) struct Arguments {
     /// The adapter
@@ -41,8 +43,8 @@ pub(crate) struct Arguments {
     /// The format to write [default: the input's]
     #[arg(long, value_enum)]
     to: Option<OutputFormat>,
-    /// The model it was trained on: errors are relative to its weights, in a tolerance and in a
-    /// budget's gains
+    /// The model it was trained on: errors are shown relative to its weights; --relative chooses
+    /// ranks by them too
     #[arg(long, value_name = "MODEL")]
     base: Option<PathBuf>,
     /// Compare with the base given though it is not the one the adapter was trained on
@@ -51,7 +53,7 @@ pub(crate) struct Arguments {
     /// The dtype of the new factors
     #[arg(long, value_enum, default_value_t = DtypeChoice::Keep)]
     dtype: DtypeChoice,
-    /// Print what would be done, and write nothing
+    /// Print what would be done, and write no adapter; a table is written if --csv asks for it
     #[arg(long)]
     dry_run: bool,
     #[command(flatten)]
@@ -111,8 +113,11 @@ impl From<ResizeError> for Failure {
             }
             ResizeError::Budget(_) => Failure::new(
                 message,
-                Some("a change keeps at least one rank: give a larger --budget"),
+                Some(
+                    "a change keeps at least one rank: give a larger --budget, or a smaller --min-rank",
+                ),
             ),
+            ResizeError::Unmatched { .. } => Failure::new(message, Some(PATTERNS)),
             ResizeError::NoReference { .. } => {
                 Failure::new(message, Some("leave --base out to measure against the changes"))
             }
@@ -145,7 +150,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
         ));
     }
     let options = arguments.adapter_options.read_options(arguments.base.as_deref())?;
-    let adapter = lora_format::read(&arguments.adapter, &options)?;
+    let adapter = lora_format::read(&arguments.adapter, &options).map_err(not_read)?;
     refuse_damaged(&adapter)?;
     let format = arguments.to.unwrap_or(OutputFormat::of(adapter.format));
     if let Some(output) = &arguments.output {
@@ -171,7 +176,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
     };
     let dtype = arguments.dtype.dtype();
     let (resized, report) = lora_merge::analysis::on_threads(arguments.threads, || {
-        resize::resize(&adapter, ranks, dtype, norms.as_ref())
+        resize::resize(&adapter, ranks, dtype, norms.as_ref(), arguments.ranks.relative())
     })?;
     let not_carried = format.not_carried(&adapter)?;
 
@@ -188,8 +193,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
     if !not_carried.is_empty() {
         printer::talk(&format!("note: not carried along: {}", not_carried.join(", ")));
     }
-    for pattern in &report.unmatched {
-        printer::talk(&format!("note: no module matches {pattern:?}"));
+    for pattern in &report.shadowed {
+        let why = "rules before it match the same";
+        printer::talk(&format!("note: --rank-for {pattern} decides for nothing: {why}"));
     }
     if arguments.json {
         printer::json(&describe(arguments, &adapter, format, &report, &not_carried))?;
@@ -202,6 +208,22 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
         printer::talk(text.trim_end());
     }
     Ok(Outcome::Done)
+}
+
+/// A model in the adapter's place is told as one.
+fn not_read(error: Error) -> Failure {
+    match &error {
+        Error::Unrecognised { path, problem }
+            if matches!(problem, DetectProblem::NotAnAdapter { .. })
+                || matches!(problem, DetectProblem::NoAdapter)
+                    && path.join("config.json").exists() =>
+        {
+            let hint = "resize takes an adapter; of a fine-tuned model, lora-cli extract BASE \
+                        FINETUNED makes one";
+            Failure::new(error.to_string(), Some(hint))
+        }
+        _ => error.into(),
+    }
 }
 
 /// The norms of the base's weights. Which of two tied tensors is meant does not matter: they are
@@ -250,12 +272,16 @@ fn text(arguments: &Arguments, report: &ResizeReport, format: OutputFormat) -> S
     }
     let kept = report.targets.len() - worst.len();
     if kept > 0 {
-        lines.push(format!("{kept} targets keep their factors bit for bit"));
+        lines.push(format!(
+            "{} factors bit for bit",
+            counted(kept, "target keeps its", "targets keep their")
+        ));
     }
     let least = report.targets.iter().filter(|one| one.reason == Reason::Least).count();
     if least > 0 {
+        let least = counted(least, "target keeps", "targets keep");
         lines.push(format!(
-            "{least} targets keep rank 1, the least there is: their change is zero, or all of it \
+            "{least} rank 1, the least there is: their change is zero, or all of it \
              would have been dropped"
         ));
     }
@@ -266,7 +292,8 @@ fn text(arguments: &Arguments, report: &ResizeReport, format: OutputFormat) -> S
             count => format!(", {count} of them by a rule"),
         };
         let count = report.unchanged.len();
-        lines.push(format!("{count} components pass through unchanged{skipped}"));
+        let count = counted(count, "component passes", "components pass");
+        lines.push(format!("{count} through unchanged{skipped}"));
     }
     let unclear = report.targets.iter().filter_map(|one| one.noise.as_ref());
     let unclear = unclear.filter(|noise| !noise.is_clear()).count();
@@ -277,12 +304,13 @@ fn text(arguments: &Arguments, report: &ResizeReport, format: OutputFormat) -> S
         ));
     }
     if let Some(spent) = report.spent {
-        let short = match spent.short_of_best {
-            short if short > 0.0 => format!("; no allotment gains {short:.3e} more"),
-            _ => "; no allotment of these bytes gains more".to_owned(),
-        };
+        let short = short_of_best(
+            spent.short_of_best,
+            report.kept(arguments.ranks.relative()),
+            arguments.ranks.relative(),
+        );
         let (bytes, budget) = (Bytes(spent.bytes), Bytes(spent.budget));
-        lines.push(format!("budget: {bytes} of {budget} spent{short}"));
+        lines.push(format!("budget: {bytes} of {budget} spent; {short}"));
     }
     let total = report.total();
     let relative = ratio(total.residual, total.energy.sqrt());
@@ -299,12 +327,13 @@ fn text(arguments: &Arguments, report: &ResizeReport, format: OutputFormat) -> S
     let (before, after) = report.bytes();
     let done = match (&arguments.output, arguments.dry_run) {
         (Some(output), false) => format!("wrote {} ({})", output.display(), format.name()),
+        _ if arguments.csv.is_some() => "no adapter was written (--dry-run)".to_owned(),
         _ => "nothing was written (--dry-run)".to_owned(),
     };
     lines.push(format!(
-        "read {}, {done}: {} targets, {} → {}",
+        "read {}, {done}: {}, {} → {}",
         arguments.adapter.display(),
-        report.targets.len(),
+        counted(report.targets.len(), "target", "targets"),
         Bytes(before),
         Bytes(after)
     ));
@@ -391,7 +420,7 @@ struct JsonReport<'a> {
     targets: Vec<JsonTarget<'a>>,
     total: JsonTotal,
     unchanged: Vec<JsonUnchanged<'a>>,
-    unmatched: &'a [String],
+    shadowed: &'a [String],
     not_carried: &'a [String],
     notes: Vec<String>,
 }
@@ -429,6 +458,8 @@ struct JsonNoise {
     level: f64,
     edge: f64,
     threshold: f64,
+    strict: usize,
+    lenient: usize,
     clear: bool,
 }
 
@@ -460,8 +491,8 @@ impl From<&NoiseEstimate> for JsonNoise {
             Basis::Bulk => "bulk",
             Basis::Precision => "precision",
         };
-        let NoiseEstimate { level, edge, threshold, .. } = *noise;
-        JsonNoise { basis, level, edge, threshold, clear: noise.is_clear() }
+        let NoiseEstimate { level, edge, threshold, strict, lenient, .. } = *noise;
+        JsonNoise { basis, level, edge, threshold, strict, lenient, clear: noise.is_clear() }
     }
 }
 
@@ -532,7 +563,7 @@ fn describe<'a>(
                 skipped: one.skipped,
             })
             .collect(),
-        unmatched: &report.unmatched,
+        shadowed: &report.shadowed,
         not_carried,
         notes: adapter.notes.iter().map(ToString::to_string).collect(),
     }

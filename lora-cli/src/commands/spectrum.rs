@@ -6,6 +6,7 @@ use clap::Args;
 use lora_merge::analysis::{
     Group, Spectra, SpectrumOptions, TensorSpectrum, of_adapter, of_pair, open_base, work,
 };
+use lora_merge::identity;
 use lora_merge::noise::{Basis, NoiseEstimate};
 use lora_merge::pair::Pairing;
 use serde::Serialize;
@@ -33,6 +34,9 @@ pub(crate) struct Arguments {
     /// The model that an adapter was trained on: its changes relative to that, by its names
     #[arg(long, value_name = "MODEL")]
     base: Option<PathBuf>,
+    /// Compare with the base given though it is not the one the adapter was trained on
+    #[arg(long, requires = "base")]
+    allow_different_base: bool,
     /// All singular values of all matrices; otherwise of those whose short side is 2048 at most
     #[arg(long)]
     exact: bool,
@@ -112,6 +116,8 @@ struct JsonNoise {
     edge: f64,
     threshold: f64,
     rank: Option<usize>,
+    strict: usize,
+    lenient: usize,
     clear: bool,
 }
 
@@ -186,6 +192,8 @@ fn pair(
     }
     let hint = "for an adapter: lora-cli spectrum ADAPTER --base MODEL";
     let pairing = Pairing::new(model(base, hint)?, model(tuned, hint)?)?;
+    let names: Vec<&str> = pairing.pairs.iter().map(|pair| pair.name.as_str()).collect();
+    arguments.output.check_tensor(&names)?;
     let mapped = pairing.open()?;
     let mut options = SpectrumOptions { top: arguments.top as usize, ..SpectrumOptions::default() };
     if arguments.exact {
@@ -240,6 +248,9 @@ fn one(arguments: &Arguments, path: &std::path::Path) -> Result<Found, Failure> 
         Some(base) => Some(open_base(base)?),
         None => None,
     };
+    if let (Some(pairing), false) = (&pairing, arguments.allow_different_base) {
+        identity::refuse_other(&adapter, &pairing.base)?;
+    }
     let mapped = pairing.as_ref().map(Pairing::open).transpose()?;
     let spectra =
         watch(&arguments.output, None, |progress| of_adapter(&adapter, mapped.as_ref(), progress))?;
@@ -317,6 +328,8 @@ fn describe_noise(noise: &NoiseEstimate) -> JsonNoise {
         edge: noise.edge,
         threshold: noise.threshold,
         rank: noise.reached().at(),
+        strict: noise.strict,
+        lenient: noise.lenient,
         clear: noise.is_clear(),
     }
 }

@@ -58,6 +58,7 @@ struct JsonReport<'a> {
     missing: &'a [String],
     unexpected: &'a [String],
     reshaped: Vec<JsonReshaped<'a>>,
+    renamed: Option<JsonRenamed<'a>>,
 }
 
 #[derive(Debug, Serialize)]
@@ -69,7 +70,15 @@ struct JsonDifference<'a> {
     worst_index: &'a [usize],
     worst_expected: JsonNumber,
     worst_found: JsonNumber,
+    worst_steps: Option<u64>,
     steps: Option<u64>,
+    relative: Option<f64>,
+}
+
+#[derive(Debug, Serialize)]
+struct JsonRenamed<'a> {
+    merge_prefix: &'a str,
+    model_prefix: &'a str,
 }
 
 /// A number as JSON has it: one that is not finite is null.
@@ -142,7 +151,9 @@ fn describe<'a>(arguments: &Arguments, report: &'a VerifyReport, agrees: bool) -
                 worst_index: &one.worst.index,
                 worst_expected: one.worst.expected.into(),
                 worst_found: one.worst.found.into(),
+                worst_steps: one.worst.steps,
                 steps: one.steps,
+                relative: one.relative,
             })
             .collect(),
         missing: &report.missing,
@@ -158,6 +169,10 @@ fn describe<'a>(arguments: &Arguments, report: &'a VerifyReport, agrees: bool) -
                 found_shape: &one.found.1.0,
             })
             .collect(),
+        renamed: report
+            .renamed
+            .as_ref()
+            .map(|one| JsonRenamed { merge_prefix: &one.made, model_prefix: &one.found }),
     }
 }
 
@@ -166,23 +181,33 @@ const SHOWN: usize = 20;
 
 fn text(arguments: &Arguments, report: &VerifyReport, agrees: bool) -> String {
     let mut lines = Vec::new();
+    if let Some(renamed) = &report.renamed {
+        let shown = |prefix: &str| format!("`{prefix}…`");
+        lines.push(format!(
+            "names differ: {} of the merge is {} of the model",
+            shown(&renamed.made),
+            shown(&renamed.found)
+        ));
+    }
     // What is within --ulp is no difference to show.
     let off = |one: &&Difference| one.steps.is_none_or(|steps| steps > arguments.ulp);
     let mut different: Vec<&Difference> = report.different.iter().filter(off).collect();
     different.sort_by(|a, b| b.worst.distance().total_cmp(&a.worst.distance()));
+    let ulp = |steps: Option<u64>| steps.map_or(String::new(), |steps| format!(", {steps} ulp"));
     let differences = different.iter().map(|one| {
-        let steps = match one.steps {
-            Some(steps) => format!(" (by {steps} ulp at most)"),
-            None => String::new(),
-        };
+        let Difference { tensor, different, elements, worst, .. } = one;
+        let norm = one.relative.map(|relative| format!("{relative:.1e} of the tensor's norm"));
+        let steps = one.steps.map(|steps| format!("{steps} ulp at most"));
+        let sizes: Vec<String> = norm.into_iter().chain(steps).collect();
+        let by = if sizes.is_empty() { "" } else { " by " };
         format!(
-            "`{}`: {} of {} elements differ{steps}; the worst is {:?}: {} expected, {} found",
-            one.tensor,
-            one.different,
-            one.elements,
-            one.worst.index,
-            one.worst.expected,
-            one.worst.found
+            "`{tensor}`: {different} of {elements} elements differ{by}{}; the largest difference is \
+             at {:?}: {} expected, {} found{}",
+            sizes.join(" and "),
+            worst.index,
+            worst.expected,
+            worst.found,
+            ulp(worst.steps)
         )
     });
     push(&mut lines, differences.collect());

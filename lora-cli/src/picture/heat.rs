@@ -115,8 +115,11 @@ fn column_names(
     right
 }
 
+/// The least height of a row, in pixels, beside which every name has room.
+const LINE: f64 = 15.0;
+
 fn row_names(canvas: &mut Canvas, rows: &Names, (left, top): (f64, f64), high: f64) {
-    for row in rows.written((20.0 / high).ceil().max(1.0) as usize) {
+    for row in rows.written((LINE / high).ceil().max(1.0) as usize) {
         let shown = fit(&rows.shown[row], SIZE, ROW_NAME);
         let baseline = top + high * (row as f64 + 0.5) + 4.5;
         canvas.text("t", (left - 8.0, baseline), Anchor::End, &shown);

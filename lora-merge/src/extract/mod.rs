@@ -27,9 +27,10 @@ use serde_json::{Map, Value};
 
 pub use work::WorkDirectory;
 
-use crate::budget::{self, Candidate};
+use crate::budget::{self, BudgetError, Candidate};
 use crate::engine::Progress;
 use crate::error::Result;
+use crate::names::nearest;
 use crate::noise::{self, NoiseEstimate, Storage};
 use crate::numbers::float_type;
 use crate::pair::{Change, Kind, Mapped, Pair, PairNote, Pairing, Side, Tie, measure, profiles};
@@ -95,6 +96,15 @@ pub enum ExtractError {
         /// Why.
         reason: String,
     },
+    /// Everything that was to get factors got none.
+    #[error(
+        "nothing to extract: of {changes} changes, what was asked for is met by rank 0, and nothing \
+         is stored whole"
+    )]
+    NoRank {
+        /// How many changes were to get factors.
+        changes: usize,
+    },
     /// A parameter that was to be stored whole is not stored plainly in the fine-tuned model.
     #[error("`{name}` cannot be stored whole: the fine-tuned model has it quantised")]
     Quantised {
@@ -117,7 +127,7 @@ pub enum ExtractError {
     Rank(#[from] RankError),
     /// A budget.
     #[error(transparent)]
-    Budget(#[from] budget::BudgetError),
+    Budget(#[from] BudgetError),
     /// A decomposition.
     #[error(transparent)]
     NotConverged(#[from] crate::svd::dense::NotConverged),
@@ -190,8 +200,33 @@ pub struct Extracted {
     pub values: Vec<f64>,
     /// Products with ΔW that it took.
     pub products: usize,
-    /// The noise estimate of `--rank auto`: level, threshold, basis, whether there is a gap.
-    pub noise: Option<(f64, f64, String, bool)>,
+    /// The noise estimate of `--rank auto`.
+    pub noise: Option<NoiseSummary>,
+}
+
+/// What [`NoiseEstimate`] says, as it is kept and reported.
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
+pub struct NoiseSummary {
+    /// The standard deviation per element.
+    pub level: f64,
+    /// Values up to this are noise.
+    pub threshold: f64,
+    /// What decided the threshold, in lower case.
+    pub basis: String,
+    /// Whether there is a gap between signal and noise.
+    pub clear: bool,
+    /// The rank if the threshold were half as high again.
+    pub strict: usize,
+    /// The rank if the threshold were where the noise ends.
+    pub lenient: usize,
+}
+
+impl From<NoiseEstimate> for NoiseSummary {
+    fn from(noise: NoiseEstimate) -> NoiseSummary {
+        let (basis, clear) = (format!("{:?}", noise.basis).to_lowercase(), noise.is_clear());
+        let NoiseEstimate { level, threshold, strict, lenient, .. } = noise;
+        NoiseSummary { level, threshold, basis, clear, strict, lenient }
+    }
 }
 
 /// A parameter that changed and is not in the adapter.
@@ -212,6 +247,12 @@ impl Extracted {
     #[must_use]
     pub fn relative(&self) -> f64 {
         if self.energy > 0.0 { (self.residual / self.energy).sqrt() } else { 0.0 }
+    }
+
+    /// The share of the energy that the factors keep.
+    #[must_use]
+    pub fn captured(&self) -> f64 {
+        if self.energy > 0.0 { 1.0 - self.residual / self.energy } else { 1.0 }
     }
 
     /// By what share the error may exceed the best one's; `None` where the best one's may be zero.
@@ -253,6 +294,9 @@ pub struct Extraction<'a> {
     new_whole: Vec<String>,
     schedule: Schedule,
 }
+
+/// Why a change is left out to which a policy or a budget gives no rank.
+const RANK_0: &str = "its rank was chosen to be 0";
 
 /// What one target costs to read once, against decomposing it: for progress.
 const DECOMPOSING: u64 = 8;
@@ -330,16 +374,18 @@ impl<'a> Extraction<'a> {
     }
 
     /// Decomposes, chooses ranks, rounds, certifies, and puts the adapter together. Finished targets
-    /// are kept in `work`, and those that it holds already are not made again.
+    /// are kept in `work`, which begins here, and those that it holds already are not made again.
     ///
     /// # Errors
     /// [`Extract`](crate::error::Error::Extract), [`Format`](crate::error::Error::Format),
     /// [`Interrupted`](crate::error::Error::Interrupted).
     pub fn run(
         &self,
-        work: &WorkDirectory,
+        work: &mut WorkDirectory,
         progress: &Progress,
     ) -> Result<(Adapter, ExtractReport)> {
+        work.begin()?;
+        let work = &*work;
         let memory_bound = self.memory_bound();
         let mut report = ExtractReport { memory_bound, ..ExtractReport::default() };
         let targets: Vec<(usize, Choosing)> = self.targets().collect();
@@ -369,6 +415,13 @@ impl<'a> Extraction<'a> {
                 report.missed.push(extracted.name.clone());
             }
             if extracted.rank > 0 {
+                if self.is_tied(&extracted.name) {
+                    report.notes.push(format!(
+                        "`{}` is tied to the output head: what is merged into one changes both, which \
+                         a merge asks to be told: --tied both",
+                        extracted.name
+                    ));
+                }
                 report.quantised += usize::from(self.pairing.pairs[index].is_quantised());
                 components.push(self.component(&self.pairing.pairs[index], extracted.rank, a, b));
                 report.targets.push(extracted);
@@ -377,9 +430,14 @@ impl<'a> Extraction<'a> {
                     name: extracted.name,
                     kind: self.pairing.pairs[index].kind,
                     change: self.changes[index],
-                    reason: "its rank was chosen to be 0",
+                    reason: RANK_0,
                 });
             }
+        }
+        if let Ranks::PerTensor(rules) = &self.options.ranks {
+            report.notes.extend(rules.shadowed().map(|pattern| {
+                format!("--rank-for {pattern} decides for nothing: rules before it match the same")
+            }));
         }
         self.store_whole(&mut components, &mut report)?;
         for (index, fate) in self.fates.iter().enumerate() {
@@ -398,13 +456,35 @@ impl<'a> Extraction<'a> {
         report.unchanged += self.pairing.identical.len();
         self.balance(&report)?;
         if components.is_empty() {
-            let reason = match report.left_out.len() {
-                0 => "no parameter that both models have differs".to_owned(),
-                count => format!("{count} parameters changed, and none of them was asked for"),
-            };
-            return Err(ExtractError::Nothing { reason }.into());
+            // There is nothing to go on from: the same would come out of it.
+            work.empty()?;
+            return Err(self.nothing(&report).into());
         }
         Ok((self.adapter(components), report))
+    }
+
+    /// Why there is no component.
+    fn nothing(&self, report: &ExtractReport) -> ExtractError {
+        let element = element_bytes(self.options.dtype);
+        let sizes = self.targets().map(|(index, _)| {
+            let (rows, cols) = self.pairing.pairs[index].matrix();
+            (rows + cols) as u64 * element
+        });
+        let ranks = report.left_out.iter().filter(|one| one.reason == RANK_0).count();
+        match (report.budget, sizes.min(), report.left_out.len()) {
+            (Some((budget, ..)), Some(least), _) if budget < least => {
+                BudgetError::Small { least, budget }.into()
+            }
+            _ if ranks > 0 => ExtractError::NoRank { changes: ranks },
+            (_, _, 0) => {
+                let reason = "no parameter that both models have differs".to_owned();
+                ExtractError::Nothing { reason }
+            }
+            (_, _, count) => {
+                let reason = format!("{count} parameters changed, and none of them was asked for");
+                ExtractError::Nothing { reason }
+            }
+        }
     }
 
     /// The adapter without its values: every factor of rank 1 and zero, everything whole as it is. For
@@ -673,10 +753,7 @@ impl<'a> Extraction<'a> {
             exact: found.exact,
             values: found.spectrum.values.clone(),
             products: found.products,
-            noise: noise.map(|noise| {
-                let clear = noise.is_clear();
-                (noise.level, noise.threshold, format!("{:?}", noise.basis).to_lowercase(), clear)
-            }),
+            noise: noise.map(NoiseSummary::from),
         };
         let (a, b) = self.factors(pair, left.view(), right.view());
         Ok((extracted, a, b))
@@ -749,6 +826,12 @@ impl<'a> Extraction<'a> {
             _ => None,
         }));
         names
+    }
+
+    /// Whether a parameter is one of two that the base ties.
+    fn is_tied(&self, name: &str) -> bool {
+        let ends = vocabulary::is_input_embedding(name) || vocabulary::is_output_head(name);
+        ends && !self.other_names(name).is_empty()
     }
 
     /// Parameters that are stored whole, as they lie in the fine-tuned model's files.
@@ -873,20 +956,39 @@ fn refuse_unmatched(pairing: &Pairing, options: &mut ExtractOptions) -> Result<(
         matches(&mut full, name)?;
         matches(&mut include, name)?;
         if let Ranks::PerTensor(rules) = &mut options.ranks {
-            rules.of(module_of(name)).map_err(ExtractError::from)?;
+            rules.of_parameter(name).map_err(ExtractError::from)?;
         }
     }
     for name in &pairing.only_tuned {
         matches(&mut full, name)?;
     }
-    let dead = |table: &PatternTable, option: &str| -> Vec<String> {
-        table.dead_keys().map(|key| format!("{option} {key}")).collect()
+    let names = pairing.pairs.iter().map(|pair| &pair.name).chain(&pairing.identical);
+    let names: Vec<&str> = names.chain(&pairing.only_tuned).map(String::as_str).collect();
+    let kinds = [FULL_NORMS, FULL_BIASES, FULL_EMBEDDINGS];
+    let unmatched = |option: &str, key: &str| {
+        let kinds = kinds.iter().copied().filter(|_| option == "--full");
+        describe_unmatched(option, key, names.iter().copied().chain(kinds))
     };
-    let mut patterns = [dead(&full, "--full"), dead(&include, "--include")].concat();
+    let mut patterns: Vec<String> = full.dead_keys().map(|key| unmatched("--full", key)).collect();
+    patterns.extend(include.dead_keys().map(|key| unmatched("--include", key)));
     if let Ranks::PerTensor(rules) = &options.ranks {
-        patterns.extend(rules.unmatched().map(|key| format!("--rank-for {key}")));
+        patterns.extend(rules.unmatched().map(|key| unmatched("--rank-for", key)));
     }
     if patterns.is_empty() { Ok(()) } else { Err(ExtractError::Unmatched { patterns }.into()) }
+}
+
+/// A pattern that matches nothing, with what it may have meant.
+pub(crate) fn describe_unmatched<'a>(
+    option: &str,
+    pattern: &str,
+    names: impl IntoIterator<Item = &'a str>,
+) -> String {
+    let near: Vec<String> =
+        nearest(pattern, names).into_iter().map(|part| format!("`{part}`")).collect();
+    match near.is_empty() {
+        true => format!("{option} {pattern}"),
+        false => format!("{option} {pattern} (nearest: {})", near.join(", ")),
+    }
 }
 
 /// The module of a parameter.
@@ -963,7 +1065,7 @@ fn choosing(ranks: &mut Ranks, name: &str, uniform: usize) -> Result<Fate> {
         Ranks::PerTensor(rules) => rules,
         Ranks::Budget { .. } => return Ok(Fate::Factors(Choosing::Budget { most: uniform })),
     };
-    Ok(match rules.of(module_of(name)).map_err(ExtractError::from)? {
+    Ok(match rules.of_parameter(name).map_err(ExtractError::from)? {
         Ruling::Skip => Fate::LeftOut("a rule skips it"),
         Ruling::Choose(policy, limits) => Fate::Factors(Choosing::Policy(policy, limits)),
     })

@@ -18,6 +18,9 @@ const SIGNATURE: &str = "signature";
 #[derive(Debug)]
 pub struct WorkDirectory {
     path: PathBuf,
+    signature: String,
+    /// Whether what it holds is of this extraction.
+    begun: bool,
 }
 
 impl WorkDirectory {
@@ -28,13 +31,14 @@ impl WorkDirectory {
         atomic::parent_of(output).join(format!(".{name}.extract"))
     }
 
-    /// Starts it, or goes on with it: `signature` says of which files and how it is made. What the
-    /// pairing says of them, which the configurations decide too, is added to that. Without `resume`,
-    /// what it holds is removed.
+    /// Looks at what is there; nothing is changed before [`Extraction::run`](super::Extraction::run).
+    /// `signature` says of which files and how it is made. What the pairing says of them, which the
+    /// configurations decide too, is added to that. With `resume`, what it holds is gone on from;
+    /// without, it is removed when this extraction begins.
     ///
     /// # Errors
     /// [`ExtractError::OtherWork`] if it is of another extraction; [`ExtractError::NoWork`] if a
-    /// directory of its name is none of ours; [`lora_format::Error::Io`].
+    /// directory of its name is none of ours.
     pub fn open(
         output: &Path,
         signature: &str,
@@ -42,32 +46,67 @@ impl WorkDirectory {
         resume: bool,
     ) -> Result<WorkDirectory> {
         let path = WorkDirectory::path_for(output);
-        let record = path.join(SIGNATURE);
         let signature = format!("{signature}{}", of_pairs(pairing));
-        let io = |source| lora_format::Error::Io { path: path.clone(), action: "prepare", source };
+        let mut begun = false;
         if path.symlink_metadata().is_ok() {
-            match std::fs::read_to_string(&record) {
-                Ok(found) if resume => return compared(path, &found, &signature),
-                Ok(_) => std::fs::remove_dir_all(&path).map_err(io)?,
+            match std::fs::read_to_string(path.join(SIGNATURE)) {
+                Ok(found) if resume => {
+                    refuse_other(&path, &found, &signature)?;
+                    begun = true;
+                }
+                Ok(_) => {}
                 // Begun, and interrupted before it was signed; anything else is somebody else's.
-                Err(_) if std::fs::remove_dir(&path).is_ok() => {}
+                Err(_) if std::fs::read_dir(&path).is_ok_and(|mut all| all.next().is_none()) => {}
                 Err(_) => return Err(ExtractError::NoWork { directory: path }.into()),
             }
         }
-        std::fs::create_dir(&path).map_err(io)?;
-        let parts = [signature.as_bytes()];
-        atomic::write(&record, &parts, Overwrite::Never, Durability::Cached)?;
-        Ok(WorkDirectory { path })
+        Ok(WorkDirectory { path, signature, begun })
     }
 
-    /// How many targets it holds.
+    /// Makes it, unless this extraction goes on with it.
+    pub(super) fn begin(&mut self) -> Result<()> {
+        if self.begun {
+            return Ok(());
+        }
+        let path = &self.path;
+        let io = |source| lora_format::Error::Io { path: path.clone(), action: "prepare", source };
+        if path.symlink_metadata().is_ok() {
+            std::fs::remove_dir_all(path).map_err(io)?;
+        }
+        std::fs::create_dir(path).map_err(io)?;
+        self.begun = true;
+        let parts = [self.signature.as_bytes()];
+        atomic::write(&path.join(SIGNATURE), &parts, Overwrite::Never, Durability::Cached)?;
+        Ok(())
+    }
+
+    /// Removes the targets that it holds.
+    pub(super) fn empty(&self) -> Result<()> {
+        let io =
+            |source| lora_format::Error::Io { path: self.path.clone(), action: "empty", source };
+        for part in self.parts() {
+            std::fs::remove_file(part).map_err(io)?;
+        }
+        Ok(())
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The files of the targets that it holds, if they are of this extraction.
+    fn parts(&self) -> impl Iterator<Item = PathBuf> {
+        let entries = self.begun.then(|| std::fs::read_dir(&self.path).into_iter().flatten());
+        let paths = entries.into_iter().flatten().flatten().map(|entry| entry.path());
+        paths.filter(|path| path.extension().is_some_and(|extension| extension == "safetensors"))
+    }
+
+    /// How many targets of this extraction it holds.
     #[must_use]
     pub fn len(&self) -> usize {
-        let entries = std::fs::read_dir(&self.path).into_iter().flatten().flatten();
-        let done = entries.filter(|entry| {
-            entry.path().extension().is_some_and(|extension| extension == "safetensors")
-        });
-        done.count()
+        self.parts().count()
     }
 
     /// Whether it holds none.
@@ -118,11 +157,14 @@ impl WorkDirectory {
         Ok(())
     }
 
-    /// Removes it: the extraction is finished.
+    /// Removes it, if the extraction began: it is finished.
     ///
     /// # Errors
     /// [`lora_format::Error::Io`].
     pub fn remove(self) -> Result<()> {
+        if !self.begun {
+            return Ok(());
+        }
         std::fs::remove_dir_all(&self.path).map_err(|source| {
             let path = self.path.clone();
             lora_format::Error::Io { path, action: "remove", source }.into()
@@ -130,23 +172,32 @@ impl WorkDirectory {
     }
 }
 
-/// Goes on, if the signatures are equal.
-fn compared(directory: PathBuf, found: &str, signature: &str) -> Result<WorkDirectory> {
+/// Refuses work with another signature: `found` is the one that it has. Lines are a name, a colon and
+/// a value; what is said is the first that differs.
+fn refuse_other(directory: &Path, found: &str, signature: &str) -> Result<()> {
     /// A configuration is one line.
     const SHOWN: usize = 120;
     if found == signature {
-        return Ok(WorkDirectory { path: directory });
+        return Ok(());
     }
     let short = |line: &str| match line.char_indices().nth(SHOWN) {
         Some((end, _)) => format!("{}…", &line[..end]),
         None => line.to_owned(),
     };
     let line = |(old, new): (&str, &str)| {
-        (old != new).then(|| format!("it was `{}` and is `{}`", short(old), short(new)))
+        if old == new {
+            return None;
+        }
+        Some(match (old.split_once(": "), new.split_once(": ")) {
+            (Some((name, old)), Some((same, new))) if name == same => {
+                format!("{name} was {} and is {}", short(old), short(new))
+            }
+            _ => format!("it was `{}` and is `{}`", short(old), short(new)),
+        })
     };
     let difference = found.lines().zip(signature.lines()).find_map(line);
     let difference = difference.unwrap_or_else(|| "the number of parameters".to_owned());
-    Err(ExtractError::OtherWork { directory, difference }.into())
+    Err(ExtractError::OtherWork { directory: directory.to_owned(), difference }.into())
 }
 
 /// What decides where a part's factors belong and how they lie: a line for each pair.

@@ -2,7 +2,7 @@ use std::sync::Arc;
 
 use lora_format::Dtype;
 use lora_format::fingerprint::BaseIdentity;
-use lora_format::model::{Experts, Scaling, ScalingRule, Target};
+use lora_format::model::{Component, Experts, Scaling, ScalingRule, Target};
 
 use super::*;
 
@@ -46,10 +46,20 @@ fn two() -> Adapter {
 fn policies_and_rules_choose_by_component() {
     let original = two();
     let (resized, report) =
-        resize(&original, by(RankPolicy::Energy(0.9), ["k_proj=3", "v_proj=2"]), None, None)
+        resize(&original, by(RankPolicy::Energy(0.9), ["k_proj=3", "k_.*=2"]), None, None, false)
             .unwrap();
     assert_eq!(ranks(&report), [3, 4]);
-    assert_eq!(report.unmatched, ["v_proj"]);
+    assert_eq!(report.shadowed, ["k_.*"]);
+    let mistyped = by(RankPolicy::Rank(2), ["k_porj=3"]);
+    let error = resize(&original, mistyped, None, None, false).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "no module matches --rank-for k_porj (nearest: `k_proj`, `q_proj`)"
+    );
+    // The parameter, as reports name it; the first rule decides, whatever it names.
+    let named = by(RankPolicy::Rank(4), ["x.k_proj.weight=1", "k_proj=2", "q_proj=3"]);
+    let (_, named) = resize(&original, named, None, None, false).unwrap();
+    assert_eq!((ranks(&named), named.shadowed), (vec![1, 3], vec!["k_proj".to_owned()]));
     let [k, q] = &report.targets[..] else { panic!("two") };
     assert!((k.certificate.residual - 1.0).abs() < 1e-6 && !k.kept);
     assert!((k.certificate.energy - 85.0).abs() < 1e-9);
@@ -73,18 +83,21 @@ fn ranks_never_increase_and_zeros_keep_one() {
     let components =
         vec![diagonal("a", 8, 4, &[3.0, 2.0]), diagonal("b", 8, 4, &[]), diagonal("c", 8, 1, &[])];
     let original = adapter(components);
-    let (_, report) = resize(&original, by(RankPolicy::Rank(64), []), None, None).unwrap();
+    let (_, report) = resize(&original, by(RankPolicy::Rank(64), []), None, None, false).unwrap();
     assert_eq!(ranks(&report), [4, 1, 1]);
     let reasons: Vec<(Reason, bool)> =
         report.targets.iter().map(|one| (one.reason, one.kept)).collect();
     assert_eq!(reasons, [(Reason::Full, true), (Reason::Least, false), (Reason::Least, true)]);
     // Everything within the tolerance: the best factors of rank 1 rather than none.
-    let (_, report) = resize(&original, by(RankPolicy::Tolerance(1.01), []), None, None).unwrap();
+    let norms = BaseNorms(vec![10.0; 3]);
+    let ranks_of = by(RankPolicy::Tolerance(0.9), []);
+    let (_, report) = resize(&original, ranks_of, None, Some(&norms), true).unwrap();
     assert_eq!(ranks(&report), [1, 1, 1]);
     assert_eq!(report.targets[0].reason, Reason::Least);
     assert!((report.targets[0].certificate.residual - 2.0).abs() < 1e-6);
     // All of the energy is two ranks' of four.
-    let (_, report) = resize(&original, by(RankPolicy::Energy(1.0), []), None, None).unwrap();
+    let (_, report) =
+        resize(&original, by(RankPolicy::Energy(1.0), []), None, None, false).unwrap();
     assert_eq!(ranks(&report), [2, 1, 1]);
 }
 
@@ -93,24 +106,28 @@ fn a_budget_buys_the_largest_gains() {
     let budget = |bytes| Ranks::Budget { bytes, limits: RankLimits::default() };
     // A rank of k takes 128 bytes, one of q 256. The first of each are paid; per byte, the next are
     // 16/128 of k, 25/256 of q.
-    let (_, report) = resize(&two(), budget(384 + 128), None, None).unwrap();
+    let (_, report) = resize(&two(), budget(384 + 128), None, None, false).unwrap();
     assert_eq!(ranks(&report), [2, 1]);
-    let (_, report) = resize(&two(), budget(384 + 128 + 256), None, None).unwrap();
+    let (_, report) = resize(&two(), budget(384 + 128 + 256), None, None, false).unwrap();
     assert_eq!(ranks(&report), [2, 2]);
     let spent = report.spent.unwrap();
     assert_eq!((spent.budget, spent.bytes, spent.short_of_best), (768, 768, 0.0));
     assert_eq!(report.bytes().1, 768);
     // A base that makes q small makes its errors large.
     let norms = BaseNorms(vec![100.0, 1.0]);
-    let (_, report) = resize(&two(), budget(384 + 256), None, Some(&norms)).unwrap();
+    let (_, report) = resize(&two(), budget(384 + 256), None, Some(&norms), true).unwrap();
     assert_eq!(ranks(&report), [1, 2]);
+    // Only if that is asked for.
+    let (_, report) = resize(&two(), budget(384 + 256), None, Some(&norms), false).unwrap();
+    assert_eq!(ranks(&report), [3, 1]);
+    assert_eq!(report.targets[1].base_norm, Some(1.0));
     // Half the bytes a value, twice the ranks.
-    let (_, report) = resize(&two(), budget(384), Some(Dtype::Bf16), None).unwrap();
+    let (_, report) = resize(&two(), budget(384), Some(Dtype::Bf16), None, false).unwrap();
     assert_eq!(ranks(&report), [2, 2]);
-    let error = resize(&two(), budget(300), None, None).unwrap_err();
+    let error = resize(&two(), budget(300), None, None, false).unwrap_err();
     assert!(matches!(error, ResizeError::Budget(BudgetError::MinimumExceeds { .. })));
     // All that is worth something fits.
-    let (resized, report) = resize(&two(), budget(1 << 20), None, None).unwrap();
+    let (resized, report) = resize(&two(), budget(1 << 20), None, None, false).unwrap();
     assert_eq!(ranks(&report), [4, 4]);
     assert!(report.targets[1].kept && !report.targets[0].kept);
     assert_eq!(resized.components.len(), 2);
@@ -121,7 +138,7 @@ fn a_tolerance_is_relative_to_the_base() {
     let norms = BaseNorms(vec![200.0, 50.0]);
     let ranks_at = |tolerance| {
         let ranks = by(RankPolicy::Tolerance(tolerance), []);
-        let (_, report) = resize(&two(), ranks, None, Some(&norms)).unwrap();
+        let (_, report) = resize(&two(), ranks, None, Some(&norms), true).unwrap();
         assert!(report.targets.iter().all(|one| one.relative() <= tolerance * 1.000_001));
         report.targets.iter().map(|one| one.rank).collect::<Vec<_>>()
     };
@@ -129,7 +146,7 @@ fn a_tolerance_is_relative_to_the_base() {
     assert_eq!(ranks_at(0.0101), [3, 4]);
     assert_eq!(ranks_at(0.101), [1, 3]);
     let none = BaseNorms(vec![1.0, 0.0]);
-    let refused = resize(&two(), by(RankPolicy::Rank(1), []), None, Some(&none)).unwrap_err();
+    let refused = resize(&two(), by(RankPolicy::Rank(1), []), None, Some(&none), true).unwrap_err();
     assert!(matches!(refused, ResizeError::NoReference { name } if name == "x.q_proj.weight"));
 }
 
@@ -146,10 +163,10 @@ fn what_is_stored_in_full_passes_and_the_rest_is_refused() {
     };
     components.push(Component { target: Target::weight("moe"), form: Form::Experts(experts) });
     let original = adapter(components);
-    let refused = resize(&original, by(RankPolicy::Rank(1), []), None, None).unwrap_err();
+    let refused = resize(&original, by(RankPolicy::Rank(1), []), None, None, false).unwrap_err();
     assert!(refused.to_string().starts_with("`moe.weight`: "), "{refused}");
     let ranks = by(RankPolicy::Rank(1), ["moe=skip", "q_proj=skip"]);
-    let (resized, report) = resize(&original, ranks, None, None).unwrap();
+    let (resized, report) = resize(&original, ranks, None, None, false).unwrap();
     let passed: Vec<(&str, bool)> =
         report.unchanged.iter().map(|one| (one.name.as_str(), one.skipped)).collect();
     assert_eq!(passed, [("moe.weight", true), ("norm.weight", false), ("x.q_proj.weight", true)]);
@@ -163,8 +180,9 @@ fn any_number_of_threads_gives_the_same_bytes() {
     ));
     let on = |threads| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        let (resized, _) =
-            pool.install(|| resize(&original, by(RankPolicy::Rank(2), []), None, None)).unwrap();
+        let (resized, _) = pool
+            .install(|| resize(&original, by(RankPolicy::Rank(2), []), None, None, false))
+            .unwrap();
         resized.tensors().flat_map(|tensor| tensor.bytes().to_vec()).collect::<Vec<u8>>()
     };
     let one = on(1);

@@ -258,8 +258,8 @@ pub use lapack::Lapack;
 
 #[cfg(feature = "lapack")]
 mod lapack {
-    use ndarray::{Array1, Array2, ArrayView2, Axis, s};
-    use ndarray_linalg::{Eigh, EighInto, JobSvd, QR, SVDDC, UPLO};
+    use ndarray::{Array1, Array2, ArrayView2, s};
+    use ndarray_linalg::{Eigh, JobSvd, QR, SVDDC, UPLO};
 
     use super::{Dense, Eigen, NotConverged, Svd};
 
