@@ -132,8 +132,11 @@ fn every_kind_of_change_is_recognised() {
     );
 }
 
+/// A tensor's name and shape.
+type Named<'a> = (&'a str, &'a [usize]);
+
 /// A file made in memory.
-fn made(names: &[(&str, &[usize])], metadata: &[(&str, &str)]) -> (tempfile::TempDir, PathBuf) {
+fn made(names: &[Named], metadata: &[(&str, &str)]) -> (tempfile::TempDir, PathBuf) {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("made.safetensors");
     let data: Vec<(String, Vec<u8>, Vec<usize>)> = names
@@ -158,7 +161,7 @@ fn made(names: &[(&str, &[usize])], metadata: &[(&str, &str)]) -> (tempfile::Tem
 
 #[test]
 fn diffusers_files_of_every_age_are_read() {
-    let files: [&[(&str, &[usize])]; 3] = [
+    let files: [&[Named]; 3] = [
         &[
             ("unet.mid_block.attentions.0.proj_in.lora_A.weight", &[2, 6]),
             ("unet.mid_block.attentions.0.proj_in.lora_B.weight", &[4, 2]),
@@ -228,7 +231,7 @@ fn diffusers_configuration_gives_the_scales_and_is_written_again() {
 
 #[test]
 fn what_is_known_and_not_implemented_is_refused_by_name() {
-    let cases: [(&[(&str, &[usize])], &str); 4] = [
+    let cases: [(&[Named], &str); 4] = [
         (
             &[("lora_unet_x.oft_blocks", &[2, 3, 3]), ("lora_unet_x.alpha", &[1])],
             "`lora_unet_x.oft_blocks`",

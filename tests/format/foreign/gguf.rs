@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use lora_format::codec::gguf;
-use lora_format::container::gguf::{GgufFile, GgufValue};
+use lora_format::container::gguf::GgufFile;
 use lora_format::io::atomic::{Durability, Overwrite};
 use lora_format::model::{AdapterFormat, Form, Scaling, ScalingRule};
 use lora_format::{Adapter, Dtype, Tensor, WriteOptions, Written};
