@@ -644,7 +644,7 @@ fn a_conversion_and_a_stamp() {
     let ran =
         scratch.cli(&["convert", "stamped.safetensors", "--to", "peft", "-o", "back", "--json"]);
     let converted: Convert = report(&ran, 0);
-    let lost = ["the base's fingerprint (PEFT has no place for it)"];
+    let lost = ["the base's fingerprint (peft has no place for it)"];
     assert_eq!(converted.not_carried, lost);
 }
 

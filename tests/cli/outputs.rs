@@ -167,7 +167,7 @@ fn a_conversion_replaces_nothing_but_an_adapter() {
     let before = listing(scratch.root());
     for (input, format, output, reason) in [
         ("own.safetensors", "peft", "photos", "it holds no adapter"),
-        ("own.safetensors", "peft", "carded", "it holds README.md, which no conversion writes"),
+        ("own.safetensors", "peft", "carded", "it holds README.md, which is no part of an adapter"),
         ("own.safetensors", "peft", "notes.txt", "it is a file, and the output is a directory"),
         ("lora", "lora", "photos", "it is a directory, and the output is a file"),
     ] {
