@@ -195,3 +195,43 @@ fn metadata_is_shown_and_changed() {
     let error = cli(root, &["metadata", "remove", "own.safetensors", "lora_format", "--in-place"]);
     assert!(error.refused(root).contains("is what makes it a file of this format"));
 }
+
+#[test]
+fn components_have_weights_of_their_own() {
+    let scratch = tempfile::tempdir().unwrap();
+    let root = scratch.path();
+    let base = read_tensors(Path::new(&of("kohya/base.safetensors")));
+    let adapter = read_tensors(Path::new(&of("kohya/locon/adapter.safetensors")));
+    // The convolution's factors, as a text encoder's.
+    let spell = |tensor: &Tensor| match tensor.name.contains("_conv1.") {
+        true => tensor.renamed(&tensor.name.replace("lora_unet_", "lora_te_")),
+        false => tensor.renamed(&tensor.name),
+    };
+    let scaled = |unet: f64, te: f64| -> Vec<Tensor> {
+        let alphas = adapter.values().map(spell).map(|tensor| {
+            let weight = if tensor.name.starts_with("lora_te_") { te } else { unet };
+            match tensor.name.ends_with(".alpha") {
+                true => {
+                    let values: Vec<f64> = tensor.values().iter().map(|it| it * weight).collect();
+                    Tensor::new(&tensor.name, tensor.dtype, &tensor.shape, &values)
+                }
+                false => tensor,
+            }
+        });
+        alphas.collect()
+    };
+    let base: Vec<Tensor> = base.values().map(|tensor| tensor.renamed(&tensor.name)).collect();
+    write_tensors(&root.join("base.safetensors"), &base, &[]);
+    write_tensors(&root.join("style.safetensors"), &scaled(1.0, 1.0), &[]);
+    write_tensors(&root.join("scaled.safetensors"), &scaled(0.5, 0.25), &[]);
+    let merged = |adapter: &str| merged(root, "base.safetensors", &[adapter]);
+    assert_eq!(merged("style.safetensors@unet=0.5,te=0.25"), merged("scaled.safetensors"));
+    assert_ne!(merged("style.safetensors@unet=0.5"), merged("scaled.safetensors"));
+    let refused = |adapter: &str| {
+        let ran = cli(root, &["merge", "base.safetensors", adapter, "-o", "x"]);
+        assert_eq!(ran.code, Some(2));
+        ran.stderr
+    };
+    assert!(refused("style.safetensors@te2=1").contains("no module of `te2` in it"));
+    assert!(refused("style.safetensors@vae=1").contains("no component `vae`"));
+}

@@ -16,7 +16,7 @@ use lora_merge::{Bytes, WeightedAdapter};
 use serde::Serialize;
 
 use super::adapter_output::OutputFormat;
-use super::making::AdapterArgument;
+use super::making::{AdapterArgument, by_component};
 use super::rank_arguments::{RankArguments, RankChoice};
 use super::resize::{DtypeChoice, percent, ratio};
 use super::{AdapterArguments, WriteArguments, refuse_damaged};
@@ -330,9 +330,11 @@ fn read(arguments: &Arguments) -> Result<Vec<WeightedAdapter>, Failure> {
     let read = |argument: &AdapterArgument| {
         let adapter = lora_format::read(argument.path(), &options)?;
         refuse_damaged(&adapter)?;
-        Ok(WeightedAdapter { adapter, weight: argument.weight(), undo: false })
+        by_component(adapter, argument)
     };
-    arguments.adapters.iter().map(read).collect()
+    let read: Result<Vec<Vec<WeightedAdapter>>, Failure> =
+        arguments.adapters.iter().map(read).collect();
+    Ok(read?.into_iter().flatten().collect())
 }
 
 /// The dtype of all factors, or f32.

@@ -34,6 +34,7 @@
 
 mod base;
 mod catalogue;
+mod component;
 mod detection;
 mod module;
 mod problem;
@@ -47,6 +48,7 @@ mod tests;
 
 pub use base::{BaseNames, BasePiece, Layout, Linked};
 pub use catalogue::{Architecture, Catalogue, Names, Piece, Resolved, SpelledPiece};
+pub use component::Component;
 pub use detection::{Detection, Observed, detect};
 pub use module::{Module, Part, Run};
 pub use problem::NamingProblem;

@@ -10,9 +10,10 @@ use std::time::Instant;
 
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
-use lora_format::Dtype;
 use lora_format::checkpoint::{Checkpoint, Layout};
 use lora_format::model::Form;
+use lora_format::naming::Component;
+use lora_format::{Adapter, Dtype};
 use lora_merge::assets::{Assets, TokenizerSource};
 use lora_merge::engine::{Progress, RoundingMode, RunOptions};
 use lora_merge::kernels::Isa;
@@ -168,6 +169,8 @@ impl FromStr for Size {
 pub(crate) struct AdapterArgument {
     path: PathBuf,
     weight: f64,
+    /// Weights of components of a pipeline, by the user's words.
+    components: Vec<(String, f64)>,
 }
 
 impl AdapterArgument {
@@ -175,30 +178,92 @@ impl AdapterArgument {
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }
-
-    /// Its weight.
-    pub(crate) fn weight(&self) -> f64 {
-        self.weight
-    }
 }
 
 impl FromStr for AdapterArgument {
     type Err = String;
 
     fn from_str(text: &str) -> Result<AdapterArgument, String> {
-        let whole = || AdapterArgument { path: text.into(), weight: 1.0 };
+        let of = |path: &str, weight, components| AdapterArgument {
+            path: path.into(),
+            weight,
+            components,
+        };
+        let whole = || of(text, 1.0, Vec::new());
         // A file may have an @ in its name.
         let Some((path, weight)) = text.rsplit_once('@').filter(|_| !Path::new(text).exists())
         else {
             return Ok(whole());
         };
+        if weight.contains('=') && !path.is_empty() {
+            return Ok(of(path, 1.0, component_weights(weight)?));
+        }
         match weight.parse::<f64>() {
             Ok(weight) if weight.is_finite() && !path.is_empty() => {
-                Ok(AdapterArgument { path: path.into(), weight })
+                Ok(of(path, weight, Vec::new()))
             }
             _ => Err(format!("expected a number after the @, found `{weight}`")),
         }
     }
+}
+
+/// `unet=0.7,te=0.4`.
+fn component_weights(text: &str) -> Result<Vec<(String, f64)>, String> {
+    let one = |entry: &str| {
+        let (word, weight) = entry
+            .split_once('=')
+            .ok_or_else(|| format!("expected COMPONENT=WEIGHT after the @, found `{entry}`"))?;
+        if !Component::WORDS.contains(&word) {
+            return Err(format!(
+                "no component `{word}`: there are {}",
+                Component::WORDS.join(", ")
+            ));
+        }
+        match weight.parse::<f64>() {
+            Ok(weight) if weight.is_finite() => Ok((word.to_owned(), weight)),
+            _ => Err(format!("expected a number after `{word}=`, found `{weight}`")),
+        }
+    };
+    text.split(',').map(one).collect()
+}
+
+/// An adapter in parts, each with the weight of its component; what no word means has weight 1.
+pub(crate) fn by_component(
+    adapter: Adapter,
+    argument: &AdapterArgument,
+) -> Result<Vec<WeightedAdapter>, Failure> {
+    if argument.components.is_empty() {
+        return Ok(vec![WeightedAdapter { adapter, weight: argument.weight, undo: false }]);
+    }
+    // The last word that means a component decides: `te=0.4,te2=0`.
+    let weight_of = |module: &str| {
+        let component = Component::of(module)?;
+        argument.components.iter().rposition(|(word, _)| component.is_called(word))
+    };
+    for (index, (word, _)) in argument.components.iter().enumerate() {
+        let means =
+            |one: &lora_format::model::Component| weight_of(&one.target.module) == Some(index);
+        if !adapter.components.iter().any(means) {
+            let message = format!("{}: no module of `{word}` in it", argument.path.display());
+            let hint = "lora-cli inspect shows its modules";
+            return Err(Failure::new(message, Some(hint)));
+        }
+    }
+    let mut parts: Vec<WeightedAdapter> = Vec::new();
+    let places = (0..argument.components.len()).map(Some).chain([None]);
+    for place in places {
+        let mut part = adapter.clone();
+        part.components.retain(|one| weight_of(&one.target.module) == place);
+        if part.components.is_empty() {
+            continue;
+        }
+        if !parts.is_empty() {
+            part.notes.clear();
+        }
+        let weight = place.map_or(1.0, |place| argument.components[place].1);
+        parts.push(WeightedAdapter { adapter: part, weight, undo: false });
+    }
+    Ok(parts)
 }
 
 /// The layouts of fused experts, with what each means as its help.
@@ -222,9 +287,11 @@ impl PlanArguments {
         let options = self.adapter_options.read_options(Some(base))?;
         let read = |argument: &AdapterArgument| {
             let adapter = lora_format::read(&argument.path, &options)?;
-            Ok(WeightedAdapter { adapter, weight: argument.weight, undo })
+            let parts = by_component(adapter, argument)?;
+            Ok(parts.into_iter().map(|part| WeightedAdapter { undo, ..part }).collect())
         };
-        adapters.iter().map(read).collect()
+        let read: Result<Vec<Vec<WeightedAdapter>>, Failure> = adapters.iter().map(read).collect();
+        Ok(read?.into_iter().flatten().collect())
     }
 
     pub(crate) fn merge_options(&self) -> MergeOptions {
