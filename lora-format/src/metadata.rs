@@ -16,7 +16,7 @@ use std::path::Path;
 
 use sha2::{Digest, Sha256};
 
-use crate::container::safetensors::{Declared, SafetensorsFile, encode_header};
+use crate::container::safetensors::{SafetensorsFile, header_of};
 use crate::error::Result;
 use crate::io::atomic::{AtomicFile, Durability, Overwrite};
 use crate::tensor::{self, Tensor};
@@ -49,7 +49,7 @@ pub fn rewrite(
     let mut metadata = metadata.to_vec();
     refresh(&mut metadata, &tensors);
     metadata.sort();
-    let header = encode_header(&metadata, declare(&tensors));
+    let header = header_of(&metadata, &tensors);
     let mut parts: Vec<&[u8]> = vec![&header];
     parts.extend(tensors.iter().map(Tensor::bytes));
     let output = AtomicFile::create(destination, overwrite)?;
@@ -58,29 +58,24 @@ pub fn rewrite(
     output.commit(durability)
 }
 
-fn declare(tensors: &[Tensor]) -> impl Iterator<Item = Declared<'_>> {
-    tensors.iter().map(|tensor| Declared {
-        name: &tensor.name,
-        dtype: tensor.dtype,
-        shape: &tensor.shape,
-        bytes: tensor.bytes().len() as u64,
-    })
-}
-
 /// Brings the hashes that `metadata` has in line with the tensors, which are in storage order. It
 /// gains sd-scripts' if it has other entries of sd-scripts.
 pub(crate) fn refresh(metadata: &mut Vec<(String, String)>, tensors: &[Tensor]) {
     let has = |key: &str| metadata.iter().any(|entry| entry.0 == key);
     let trained = metadata.iter().any(|entry| entry.0.starts_with("ss_"));
+    let (of_trainer, of_spec) = (trained || has(MODEL_HASH), has(SPEC_HASH));
     let mut fresh: Vec<(&str, String)> = Vec::new();
-    if trained || has(MODEL_HASH) {
-        fresh.push((MODEL_HASH, data_hash(tensors)));
+    if of_trainer || of_spec {
+        let hash = data_hash(tensors);
+        if of_spec {
+            fresh.push((SPEC_HASH, format!("0x{hash}")));
+        }
+        if of_trainer {
+            fresh.push((MODEL_HASH, hash));
+        }
     }
     if trained || has(LEGACY_HASH) {
         fresh.push((LEGACY_HASH, legacy_hash(metadata, tensors)));
-    }
-    if has(SPEC_HASH) {
-        fresh.push((SPEC_HASH, format!("0x{}", data_hash(tensors))));
     }
     for (key, value) in fresh {
         match metadata.iter_mut().find(|entry| entry.0 == key) {
@@ -102,7 +97,7 @@ pub fn legacy_hash(metadata: &[(String, String)], tensors: &[Tensor]) -> String 
     let mut kept: Vec<(String, String)> =
         metadata.iter().filter(|entry| entry.0.starts_with("ss_")).cloned().collect();
     kept.sort();
-    let header = encode_header(&kept, declare(tensors));
+    let header = header_of(&kept, tensors);
     let mut digest = Sha256::new();
     let (mut at, end) = (0, LEGACY_START + LEGACY_BYTES);
     for bytes in std::iter::once(&header[..]).chain(tensors.iter().map(Tensor::bytes)) {

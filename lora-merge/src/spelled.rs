@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use lora_format::Adapter;
 use lora_format::model::{Component, Form, Layer, LowRank};
-use lora_format::naming::{BaseNames, BasePiece, Catalogue, Linked, Naming, NamingProblem};
+use lora_format::naming::{BaseNames, BasePiece, Catalogue, Linked, Names, NamingProblem};
 
 use crate::error::PlanProblem;
 use crate::low_rank::{Factor, Stride, Term, View};
@@ -69,7 +69,7 @@ pub(crate) fn place(
 /// What names can mean.
 struct Dictionary<'a> {
     /// Of an architecture that is listed.
-    listed: Option<(Linked, lora_format::naming::Names)>,
+    listed: Option<(Linked, Names)>,
     own: BaseNames,
     parameters: &'a Parameters,
 }
@@ -80,21 +80,10 @@ impl<'a> Dictionary<'a> {
         let shapes: BTreeMap<String, Vec<usize>> =
             all.iter().map(|one| (one.name.clone(), one.shape.clone())).collect();
         let linked = Catalogue::of_base(&shapes)?;
-        // An adapter follows one naming throughout: the one that knows most of its modules.
-        let listed = linked.and_then(|linked| {
-            let known = |naming: &Naming| {
-                let names = linked.catalogue().names(*naming);
-                let modules = adapter.components.iter().map(|one| one.target.module.as_str());
-                let known = modules.filter(|module| names.resolve(module).is_ok()).count();
-                (known, names)
-            };
-            let mut best: Option<(usize, lora_format::naming::Names)> = None;
-            for found in Naming::ALL.iter().map(known) {
-                if best.as_ref().is_none_or(|best| found.0 > best.0) {
-                    best = Some(found);
-                }
-            }
-            best.map(|(_, names)| (linked, names))
+        let listed = linked.map(|linked| {
+            let modules = adapter.components.iter().map(|one| one.target.module.as_str());
+            let names = linked.catalogue().naming_of(modules).1;
+            (linked, names)
         });
         let own = BaseNames::new(all.iter().map(|one| one.name.as_str()));
         Ok(Dictionary { listed, own, parameters })

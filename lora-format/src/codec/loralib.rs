@@ -20,7 +20,7 @@ use serde_json::Map;
 use super::{ReadOptions, WriteOptions, Written, folding};
 use crate::blocks::{self, Move};
 use crate::container::TensorFile;
-use crate::container::safetensors::{Declared, encode_header, storage_order};
+use crate::container::safetensors::{header_of, storage_order};
 use crate::error::{AdapterProblem, DetectProblem, Error, ExpansionProblem, Result};
 use crate::factors::{self, FactorTensors};
 use crate::fingerprint::BaseIdentity;
@@ -149,13 +149,7 @@ pub fn write(
     let mut metadata = adapter.metadata.clone();
     metadata.push(("format".to_owned(), "pt".to_owned()));
     metadata.sort();
-    let declared = tensors.iter().map(|tensor| Declared {
-        name: &tensor.name,
-        dtype: tensor.dtype,
-        shape: &tensor.shape,
-        bytes: tensor.bytes().len() as u64,
-    });
-    let header = encode_header(&metadata, declared);
+    let header = header_of(&metadata, &tensors);
     let mut parts: Vec<&[u8]> = vec![&header];
     parts.extend(tensors.iter().map(Tensor::bytes));
     let file = AtomicFile::create(destination, overwrite)?;

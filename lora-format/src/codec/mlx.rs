@@ -23,7 +23,7 @@ use serde_json::{Map, Value, json};
 use super::base::Base;
 use super::{ReadOptions, WriteOptions, Written, existing, folding, rearrange};
 use crate::container::TensorFile;
-use crate::container::safetensors::{Declared, encode_header, storage_order};
+use crate::container::safetensors::{header_of, storage_order};
 use crate::error::{AdapterProblem, DetectProblem, Error, Result, Shape, Unsupported};
 use crate::factors::{self, FactorTensors};
 use crate::fingerprint::BaseIdentity;
@@ -427,7 +427,7 @@ pub fn write_directory(
     let mut metadata = adapter.metadata.clone();
     metadata.push(("format".to_owned(), "mlx".to_owned()));
     metadata.sort();
-    let parts = safetensors_parts(&metadata, &tensors);
+    let parts = header_of(&metadata, &tensors);
     let parts: Vec<&[u8]> =
         std::iter::once(parts.as_slice()).chain(tensors.iter().map(Tensor::bytes)).collect();
     let staging = atomic::StagedDirectory::create(destination, overwrite)?;
@@ -437,17 +437,6 @@ pub fn write_directory(
     adapter.ensure_unchanged()?;
     staging.commit(durability)?;
     Ok(writer.written)
-}
-
-/// The bytes before the data of a safetensors file with these tensors in this order.
-pub(super) fn safetensors_parts(metadata: &[(String, String)], tensors: &[Tensor]) -> Vec<u8> {
-    let declared = tensors.iter().map(|tensor| Declared {
-        name: &tensor.name,
-        dtype: tensor.dtype,
-        shape: &tensor.shape,
-        bytes: tensor.bytes().len() as u64,
-    });
-    encode_header(metadata, declared)
 }
 
 struct Writer<'a> {

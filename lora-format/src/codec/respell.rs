@@ -105,19 +105,9 @@ fn architecture(
         && let Some(linked) = Catalogue::of_base(base).map_err(|problem| problem.to_string())?
     {
         let catalogue = linked.catalogue().clone();
-        let known = |naming: &Naming| {
-            let names = catalogue.names(*naming);
-            let all = &adapter.components;
-            all.iter().filter(|one| names.resolve(&one.target.module).is_ok()).count()
-        };
-        let mut best = (0, Naming::Kohya);
-        for naming in Naming::ALL {
-            let count = known(&naming);
-            if count > best.0 {
-                best = (count, naming);
-            }
-        }
-        return Ok((catalogue, best.1));
+        let modules = adapter.components.iter().map(|one| one.target.module.as_str());
+        let naming = catalogue.naming_of(modules).0;
+        return Ok((catalogue, naming));
     }
     let shape = |component: &Component| match &component.form {
         Form::LowRank(form) => Some((form.out_features(), form.in_features())),

@@ -21,9 +21,10 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 
 use super::base::{Base, Heads};
-use super::mlx::{common_scale, safetensors_parts, sort};
+use super::mlx::{common_scale, sort};
 use super::{ReadOptions, WriteOptions, Written, existing, folding, rearrange};
 use crate::container::TensorFile;
+use crate::container::safetensors::header_of;
 use crate::error::{AdapterProblem, BaseProblem, Error, Result, Shape, Unsupported};
 use crate::factors::{self, FactorTensors};
 use crate::fingerprint::BaseIdentity;
@@ -366,7 +367,7 @@ pub fn write_directory(
     let mut metadata = adapter.metadata.clone();
     metadata.push(("format".to_owned(), "pt".to_owned()));
     metadata.sort();
-    let header = safetensors_parts(&metadata, &tensors);
+    let header = header_of(&metadata, &tensors);
     let parts: Vec<&[u8]> =
         std::iter::once(header.as_slice()).chain(tensors.iter().map(Tensor::bytes)).collect();
     let staging = atomic::StagedDirectory::create(destination, overwrite)?;

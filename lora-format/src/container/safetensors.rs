@@ -24,6 +24,7 @@ use crate::error::{Error, HeaderProblem, IoContext, Result, Shape};
 use crate::io::mmap::Mapping;
 use crate::io::opened::OpenedFile;
 use crate::limits;
+use crate::tensor::Tensor;
 
 /// The key of the file's own string map.
 pub const METADATA: &str = "__metadata__";
@@ -474,6 +475,17 @@ pub fn encode_header<'a>(
     let header_bytes = (text.len() - 8) as u64;
     text[..8].copy_from_slice(&header_bytes.to_le_bytes());
     text
+}
+
+/// [`encode_header`] for tensors that are at hand, in their order.
+pub(crate) fn header_of(metadata: &[(String, String)], tensors: &[Tensor]) -> Vec<u8> {
+    let declared = tensors.iter().map(|tensor| Declared {
+        name: &tensor.name,
+        dtype: tensor.dtype,
+        shape: &tensor.shape,
+        bytes: tensor.bytes().len() as u64,
+    });
+    encode_header(metadata, declared)
 }
 
 /// Appends `value` as a JSON string, escaped as serde_json escapes it.

@@ -280,6 +280,22 @@ impl Catalogue {
         Resolved { part, rows, pieces }
     }
 
+    /// The naming that knows most of these names, of equal ones the first, with its dictionary: an
+    /// adapter follows one naming throughout.
+    pub fn naming_of<'a>(&self, names: impl Iterator<Item = &'a str> + Clone) -> (Naming, Names) {
+        let known = |naming: Naming| {
+            let dictionary = self.names(naming);
+            let known = names.clone().filter(|name| dictionary.resolve(name).is_ok()).count();
+            (known, naming, dictionary)
+        };
+        let (first, rest) = (Naming::ALL[0], &Naming::ALL[1..]);
+        let best = rest.iter().fold(known(first), |best, naming| {
+            let found = known(*naming);
+            if found.0 > best.0 { found } else { best }
+        });
+        (best.1, best.2)
+    }
+
     /// How a naming spells what was resolved, if it has one name for exactly these rows.
     pub fn spell(&self, resolved: &Resolved, naming: Naming) -> Option<String> {
         let pieces = self.pieces(resolved, naming)?;

@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 
 use super::{ADAPTER_METADATA, component};
 use crate::codec::{WriteOptions, Written, folding};
-use crate::container::safetensors::{Declared, encode_header, storage_order};
+use crate::container::safetensors::{header_of, storage_order};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::io::atomic::{AtomicFile, Durability, Overwrite};
@@ -93,13 +93,7 @@ pub fn write(
     metadata::refresh(&mut metadata, &tensors);
     metadata.push(("format".to_owned(), "pt".to_owned()));
     metadata.sort();
-    let declared = tensors.iter().map(|tensor| Declared {
-        name: &tensor.name,
-        dtype: tensor.dtype,
-        shape: &tensor.shape,
-        bytes: tensor.bytes().len() as u64,
-    });
-    let header = encode_header(&metadata, declared);
+    let header = header_of(&metadata, &tensors);
     let mut parts: Vec<&[u8]> = vec![&header];
     parts.extend(tensors.iter().map(Tensor::bytes));
     let file = AtomicFile::create(destination, overwrite)?;
